@@ -1,0 +1,27 @@
+"""Argument validation and the words of its errors."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A mistake in what the caller asked for; the message is one line that ends with the remedy.
+
+    The command line prints it without a traceback and exits with code 2.
+    """
+
+
+def unknown(kind: str, name: str, choices: Iterable[str]) -> UserError:
+    """The error for a `name` that is none of `choices`, with the nearest of them."""
+    choices = sorted(choices)
+    near = difflib.get_close_matches(name.lower(), choices, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(choices)}."
+    return UserError(f"unknown {kind} {name!r}: {hint}")
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `UserError(message)` unless `condition` holds."""
+    if not condition:
+        raise UserError(message)
