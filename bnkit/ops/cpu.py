@@ -1,0 +1,228 @@
+"""Batch normalization by the C kernels of `csrc/`: a backend of `dispatch`, at the memory's speed.
+
+A tensor is taken as it lies: contiguous, channels_last or channels_last_3d, or any other layout in which the channel is
+innermost; anything else is first copied to one of these.
+
+`mean` and `invstd` are float64 for every type of x. Where the mean is large against the deviation, float32 would round
+it by a good part of the deviation, and the backward pass would see other values before the activation than the forward
+pass did; so it finds the same ones, to the bit.
+
+Results are the same to the bit from run to run and for any number of threads. Instruction sets differ by rounding.
+The environment variable `BNKIT_CPU` (avx512, avx2 or portable) asks for an instruction set, as far as the machine has
+it; `BNKIT_CPU_LIBRARY` names another build of the library. Both are read once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_FILE = "_bnkit_cpu.so"
+_NO_MEMORY = "no memory for the partial sums of a batch norm"
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+_ACTIVATIONS = {
+    None: 0,
+    "relu": 1,
+    "leaky_relu": 2,
+    "silu": 3,
+    "gelu": 4,
+    "hardswish": 5,
+    "sigmoid": 6,
+    "tanh": 7,
+}
+
+
+def available() -> bool:
+    """Whether the compiled kernels are installed and load. Without a C compiler at installation they are not."""
+    return _library() is not None
+
+
+def instruction_set() -> str | None:
+    """`"avx512"`, `"avx2"` or `"portable"`: what the kernels run on here; None where they are not available."""
+    library = _library()
+    return None if library is None else library.bnkit_instruction_set().decode()
+
+
+def supports(x: Tensor, parameters: Sequence[Tensor | None], residual: Tensor | None) -> bool:
+    """Whether the kernels take the call: see `dispatch.Backend`. Parameters may be of any type."""
+    return (
+        x.is_cpu
+        and x.dtype in _DTYPES
+        and x.layout is torch.strided
+        and (residual is None or (residual.is_cpu and residual.dtype is x.dtype and residual.layout is torch.strided))
+        and all(p is None or p.is_cpu for p in parameters)
+        and _library() is not None
+    )
+
+
+def forward(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    activation: str | None,
+    residual: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, and the mean and invstd (float64) it was normalized with: see `dispatch.Backend`."""
+    x, outer, inner = _laid_out(x)
+    y = torch.empty_like(x)
+    mean = torch.empty(x.shape[1], dtype=torch.float64)
+    invstd = torch.empty_like(mean)
+    dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
+    weight, bias = _as_type(weight, dtype), _as_type(bias, dtype)
+    residual = None if residual is None else _like(residual, x)
+    old_mean, old_var = _as_type(running_mean, dtype), _as_type(running_var, dtype)
+    library = _library()
+    assert library is not None
+    done = library.bnkit_batch_norm_forward(
+        _DTYPES[x.dtype],
+        _ACTIVATIONS[activation],
+        training,
+        torch.get_num_threads(),
+        outer,
+        x.shape[1],
+        inner,
+        x.data_ptr(),
+        _pointer(residual),
+        _pointer(weight),
+        _pointer(bias),
+        _pointer(old_mean),
+        _pointer(old_var),
+        mean.data_ptr(),
+        invstd.data_ptr(),
+        y.data_ptr(),
+        momentum,
+        eps,
+    )
+    if not done:
+        raise MemoryError(_NO_MEMORY)
+    if training:
+        _copy_back(old_mean, running_mean)
+        _copy_back(old_var, running_var)
+    return y, mean, invstd
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    activation: str | None,
+    residual: Tensor | None,
+    needs: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """dx, dresidual, dweight, dbias, as far as needed: see `dispatch.Backend`."""
+    x, outer, inner = _laid_out(x)
+    dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
+    dx = torch.empty_like(x) if needs[0] else None
+    dresidual = torch.empty_like(x) if needs[1] and activation is not None else None
+    dweight = torch.empty(x.shape[1], dtype=dtype) if needs[2] else None
+    dbias = torch.empty(x.shape[1], dtype=dtype) if needs[3] else None
+    real_weight, real_bias = _as_type(weight, dtype), _as_type(bias, dtype)
+    dy, residual = _like(dy, x), None if residual is None else _like(residual, x)
+    library = _library()
+    assert library is not None
+    done = library.bnkit_batch_norm_backward(
+        _DTYPES[x.dtype],
+        _ACTIVATIONS[activation],
+        training,
+        torch.get_num_threads(),
+        outer,
+        x.shape[1],
+        inner,
+        dy.data_ptr(),
+        x.data_ptr(),
+        _pointer(residual),
+        _pointer(real_weight),
+        _pointer(real_bias),
+        mean.data_ptr(),
+        invstd.data_ptr(),
+        _pointer(dx),
+        _pointer(dresidual),
+        _pointer(dweight),
+        _pointer(dbias),
+    )
+    if not done:
+        raise MemoryError(_NO_MEMORY)
+    if needs[1] and activation is None:
+        dresidual = dy
+    return dx, dresidual, _as_type_of(dweight, weight), _as_type_of(dbias, bias)
+
+
+def _laid_out(x: Tensor) -> tuple[Tensor, int, int]:
+    """x as the kernels read it, (outer, channels, inner): itself, or where its strides fit neither layout, a copy."""
+    channels = x.shape[1]
+    if x.is_contiguous():
+        return x, x.shape[0], x.numel() // (x.shape[0] * channels)
+    rows = x.movedim(1, -1)
+    if rows.is_contiguous():
+        return x, x.numel() // channels, 1
+    if x.stride(1) == 1:
+        return rows.contiguous().movedim(-1, 1), x.numel() // channels, 1
+    return x.contiguous(), x.shape[0], x.numel() // (x.shape[0] * channels)
+
+
+def _like(tensor: Tensor, x: Tensor) -> Tensor:
+    """The tensor with the strides of x."""
+    return tensor if tensor.stride() == x.stride() else torch.empty_like(x).copy_(tensor)
+
+
+def _as_type(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The parameter as the kernels read it: `dtype`, one next to the other."""
+    if parameter is None or (parameter.dtype is dtype and parameter.is_contiguous()):
+        return parameter
+    return parameter.to(dtype).contiguous()
+
+
+def _as_type_of(gradient: Tensor | None, parameter: Tensor | None) -> Tensor | None:
+    return gradient if gradient is None or parameter is None else gradient.to(parameter.dtype)
+
+
+def _copy_back(updated: Tensor | None, original: Tensor | None) -> None:
+    if updated is not None and original is not None and updated is not original:
+        original.copy_(updated)
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    """The library, if it is installed. Its OpenMP is torch's, which `import torch` above has loaded."""
+    for path in _candidates():
+        try:
+            return _declared(ctypes.CDLL(str(path)))
+        except OSError:
+            continue
+    return None
+
+
+def _candidates() -> list[Path]:
+    if named := os.environ.get("BNKIT_CPU_LIBRARY"):
+        return [Path(named)]
+    # In an editable install the package lies in two folders, its sources and what was built from them.
+    return [Path(folder) / _FILE for folder in sys.modules[__name__.rpartition(".")[0]].__path__]
+
+
+def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
+    integer, long, pointer, double = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p, ctypes.c_double
+    numbers = [integer] * 4 + [long] * 3
+    library.bnkit_batch_norm_forward.argtypes = [*numbers, *[pointer] * 9, double, double]
+    library.bnkit_batch_norm_backward.argtypes = [*numbers, *[pointer] * 11]
+    library.bnkit_instruction_set.restype = ctypes.c_char_p
+    return library

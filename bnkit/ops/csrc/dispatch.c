@@ -1,0 +1,149 @@
+/* The library's three functions: choose the instruction set and the number of threads, then run the kernels. */
+#include <stddef.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "batch_norm.h"
+#include "memory.h"
+
+#define EXPORT __attribute__((visibility("default")))
+
+enum {
+    ELEMENTS_PER_THREAD = 16384, /* with fewer, waking a thread costs more than it does */
+    STREAMED_BYTES = 16 << 20    /* larger outputs go past the caches: a last level of 32 MiB would not keep them */
+};
+
+#define DECLARE(set)                                                                                                   \
+    extern const bnkit_kernels bnkit_kernels_##set##_float32, bnkit_kernels_##set##_bfloat16,                          \
+        bnkit_kernels_##set##_float16, bnkit_kernels_##set##_float64;
+#define ALL(set)                                                                                                       \
+    {                                                                                                                  \
+        &bnkit_kernels_##set##_float32, &bnkit_kernels_##set##_bfloat16, &bnkit_kernels_##set##_float16,               \
+            &bnkit_kernels_##set##_float64                                                                             \
+    }
+
+typedef struct {
+    const char *name;
+    const bnkit_kernels *kernels[BNKIT_DTYPES];
+} instruction_set;
+
+DECLARE(portable)
+static instruction_set chosen = {"portable", ALL(portable)};
+
+#ifdef BNKIT_X86
+#include <cpuid.h>
+
+DECLARE(avx2)
+DECLARE(avx512)
+extern const bnkit_kernels bnkit_kernels_avx512bf16_bfloat16;
+
+static bool has_f16c(void) /* not every compiler's __builtin_cpu_supports knows the name */
+{
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+
+static bool has_avx2(void)
+{
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
+}
+
+static bool has_avx512(void)
+{
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+
+/* Runs when the library is loaded. BNKIT_CPU asks for less than the machine has; for more it asks in vain. */
+__attribute__((constructor)) static void choose_instruction_set(void)
+{
+    const char *wanted = getenv("BNKIT_CPU");
+    __builtin_cpu_init();
+    if (!has_avx2() || (wanted && strcmp(wanted, "portable") == 0))
+        return;
+    chosen = (instruction_set){"avx2", ALL(avx2)};
+    if (!has_avx512() || (wanted && strcmp(wanted, "avx2") == 0))
+        return;
+    chosen = (instruction_set){"avx512", ALL(avx512)};
+    if (__builtin_cpu_supports("avx512bf16"))
+        chosen.kernels[BNKIT_BFLOAT16] = &bnkit_kernels_avx512bf16_bfloat16;
+}
+#endif
+
+/* A forked child inherits a thread pool without its threads, and would wait for them forever. */
+static bool forked = false;
+
+#if defined(_OPENMP) && (defined(__unix__) || defined(__APPLE__))
+#include <pthread.h>
+static void note_fork(void) { forked = true; }
+__attribute__((constructor)) static void watch_forks(void) { pthread_atfork(NULL, NULL, note_fork); }
+#endif
+
+static int threads_for(int64_t elements, int threads)
+{
+    const int64_t useful = elements / ELEMENTS_PER_THREAD;
+    if (forked || useful <= 1)
+        return 1;
+    return useful < threads ? (int)useful : threads;
+}
+
+/* A single channel is one run of elements, whatever the layout. */
+static void flatten_single_channel(int64_t *outer, int64_t channels, int64_t *inner)
+{
+    if (channels == 1) {
+        *inner *= *outer;
+        *outer = 1;
+    }
+}
+
+static size_t bytes_of(int dtype, int64_t elements)
+{
+    static const size_t size[BNKIT_DTYPES] = {4, 2, 2, 8};
+    return size[dtype] * (size_t)elements;
+}
+
+/* Whether two outputs can be streamed to in step. */
+static bool same_alignment(const void *a, const void *b)
+{
+    return !a || !b || ((uintptr_t)a - (uintptr_t)b) % 64 == 0;
+}
+
+EXPORT const char *bnkit_instruction_set(void) { return chosen.name; }
+
+EXPORT int bnkit_batch_norm_forward(int dtype, int activation, int training, int threads, int64_t outer,
+                                    int64_t channels, int64_t inner, const void *x, const void *residual,
+                                    const void *weight, const void *bias, void *running_mean, void *running_var,
+                                    double *mean, double *invstd, void *y, double momentum, double eps)
+{
+    const int64_t elements = outer * channels * inner;
+    const size_t bytes = bytes_of(dtype, elements);
+    flatten_single_channel(&outer, channels, &inner);
+    bnkit_advise_output(y, bytes);
+    const bnkit_forward f = {
+        .outer = outer, .channels = channels, .inner = inner, .activation = activation,
+        .threads = threads_for(elements, threads), .training = training, .stream = bytes > STREAMED_BYTES,
+        .x = x, .residual = residual, .weight = weight, .bias = bias, .running_mean = running_mean,
+        .running_var = running_var, .mean = mean, .invstd = invstd, .y = y, .momentum = momentum, .eps = eps,
+    };
+    return chosen.kernels[dtype]->forward(&f);
+}
+
+EXPORT int bnkit_batch_norm_backward(int dtype, int activation, int training, int threads, int64_t outer,
+                                     int64_t channels, int64_t inner, const void *dy, const void *x,
+                                     const void *residual, const void *weight, const void *bias, const double *mean,
+                                     const double *invstd, void *dx, void *dresidual, void *dweight, void *dbias)
+{
+    const int64_t elements = outer * channels * inner;
+    const size_t bytes = bytes_of(dtype, elements);
+    flatten_single_channel(&outer, channels, &inner);
+    bnkit_advise_output(dx, bytes);
+    bnkit_advise_output(dresidual, bytes);
+    const bnkit_backward g = {
+        .outer = outer, .channels = channels, .inner = inner, .activation = activation,
+        .threads = threads_for(elements, threads), .training = training,
+        .stream = bytes > STREAMED_BYTES && same_alignment(dx, dresidual),
+        .dy = dy, .x = x, .residual = residual, .weight = weight, .bias = bias, .mean = mean, .invstd = invstd,
+        .dx = dx, .dresidual = dresidual, .dweight = dweight, .dbias = dbias,
+    };
+    return chosen.kernels[dtype]->backward(&g);
+}

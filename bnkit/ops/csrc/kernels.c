@@ -1,0 +1,17 @@
+/* The kernels for one instruction set (the compiler's flags) and one element type (BNKIT_TYPE), as one symbol. */
+#include "planes_backward.h"
+#include "planes_forward.h"
+#include "rows_backward.h"
+#include "rows_forward.h"
+
+/* Planes shorter than this leave vectors too empty. */
+enum { MIN_PLANE = 16 };
+
+static bool forward(const bnkit_forward *f) { return f->inner < MIN_PLANE ? forward_rows(f) : forward_planes(f); }
+static bool backward(const bnkit_backward *g) { return g->inner < MIN_PLANE ? backward_rows(g) : backward_planes(g); }
+
+#define JOIN(set, type) bnkit_kernels_##set##_##type
+#define NAME(set, type) JOIN(set, type)
+
+extern const bnkit_kernels NAME(BNKIT_SET, BNKIT_TYPE);
+const bnkit_kernels NAME(BNKIT_SET, BNKIT_TYPE) = {forward, backward};

@@ -1,0 +1,11 @@
+/* What the kernels must know of the machine's memory. */
+#ifndef BNKIT_MEMORY_H
+#define BNKIT_MEMORY_H
+
+#include <stddef.h>
+
+/* Asks for huge pages under a large output that has not been touched yet: fresh memory costs a page fault for every
+ * 4 KiB otherwise, more than the arithmetic. Does nothing for small ones and where the system has no such thing. */
+void bnkit_advise_output(void *start, size_t bytes);
+
+#endif

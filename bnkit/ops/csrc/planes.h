@@ -1,0 +1,111 @@
+/* How (N, C, *) contiguous tensors are divided: a channel's slab is N planes of `inner` elements, C planes apart.
+ *
+ * A slab is read from memory once for its sums and again, from cache, for the result; small planes go with their
+ * neighbours'. The slab is cut into units (a plane, or a piece of a large one) and blocks of units. The cut depends on
+ * the shape alone, and sums are merged in its order, so results are the same to the bit however many threads there are.
+ */
+#ifndef BNKIT_PLANES_H
+#define BNKIT_PLANES_H
+
+#include "runs.h"
+#include "threads.h"
+
+enum {
+    UNIT_ELEMENTS = 16384,  /* a unit at most */
+    CHUNK_ELEMENTS = 8192,  /* about what is summed around one shift */
+    FIRST_ELEMENTS = 128,   /* about what gives the first shift */
+    BLOCK_ELEMENTS = 32768, /* about a block, unless that makes more than MAX_BLOCKS */
+    MAX_BLOCKS = 16,
+    MAX_GROUP = 32,         /* adjacent small planes that are swept together: as many as */
+    GROUP_BYTES = 8192,     /* make up about this in one image, */
+    GROUP_MIN_BYTES = 4096, /* or only this, */
+    GROUP_SLAB = 1 << 19    /* to keep the bytes of all images in a core's own cache */
+};
+
+typedef struct {
+    int64_t channels, inner;
+    int64_t unit;   /* elements of a unit, the last of a plane excepted */
+    int64_t pieces; /* units a plane */
+    int64_t units;  /* units a slab */
+    int blocks, group, threads;
+    bool team;      /* threads share each channel, instead of having channels of their own */
+} planes;
+
+/* What one thread does: `width` channels from c on, as the rank-th of `size` threads that share them. */
+typedef struct {
+    int64_t c, width;
+    int rank, size;
+} share;
+
+/* Two sums or moments of each channel of a share: by block, (blocks, width). */
+typedef struct {
+    double a[MAX_BLOCKS * MAX_GROUP], b[MAX_BLOCKS * MAX_GROUP];
+} partials;
+
+static planes planes_of(int64_t outer, int64_t channels, int64_t inner, int threads)
+{
+    planes p = {.channels = channels, .inner = inner, .threads = threads};
+    p.pieces = (inner + UNIT_ELEMENTS - 1) / UNIT_ELEMENTS;
+    p.unit = (inner + p.pieces - 1) / p.pieces;
+    p.units = outer * p.pieces;
+    p.blocks = (int)between(1, smaller(outer * inner / BLOCK_ELEMENTS, p.units), MAX_BLOCKS);
+    const int64_t bytes = inner * (int64_t)sizeof(elem);
+    const int64_t group = between(GROUP_MIN_BYTES / bytes, GROUP_SLAB / (outer * bytes), GROUP_BYTES / bytes);
+    p.group = (int)between(1, group, MAX_GROUP);
+    p.team = threads > 1 && channels < 4 * threads && p.blocks >= threads;
+    if (p.team)
+        p.group = 1;
+    return p;
+}
+
+/* Where unit u of channel c starts, and how long it is. Divisions would cost as much as a small plane. */
+INLINE int64_t unit_start(const planes *p, int64_t u, int64_t c)
+{
+    if (p->pieces == 1)
+        return (u * p->channels + c) * p->inner;
+    return ((u / p->pieces) * p->channels + c) * p->inner + (u % p->pieces) * p->unit;
+}
+
+INLINE int64_t unit_length(const planes *p, int64_t u)
+{
+    return p->pieces == 1 ? p->inner : smaller(p->unit, p->inner - (u % p->pieces) * p->unit);
+}
+
+/* Where the channel goes on after unit u. */
+INLINE int64_t next_start(const planes *p, int64_t u, int64_t c)
+{
+    return unit_start(p, u + 1 < p->units ? u + 1 : u, c);
+}
+
+INLINE int64_t block_start(const planes *p, int64_t b) { return p->units * b / p->blocks; }
+INLINE int first_block(const planes *p, int rank, int size) { return p->blocks * rank / size; }
+
+INLINE double elements_between(const planes *p, int64_t begin, int64_t end)
+{
+    return (double)((end / p->pieces - begin / p->pieces) * p->inner + (end % p->pieces - begin % p->pieces) * p->unit);
+}
+
+/* Calls STEP(i, at, next, length) for every channel c + i of the share in every unit of [begin, end): where it starts,
+ * where the channel goes on after it, and how long it is. */
+#define FOR_EACH_UNIT(p, s, begin, end, STEP)                                                                          \
+    for (int64_t u = begin; u < end; u++)                                                                              \
+        for (int64_t i = 0; i < (s).width; i++) {                                                                      \
+            const int64_t start = unit_start(p, u, (s).c + i);                                                         \
+            STEP(i, start, next_start(p, u, (s).c + i), unit_length(p, u));                                            \
+        }
+
+/* Runs WORK(share, partials) over all channels. */
+#define FOR_ALL_CHANNELS(p, WORK)                                                                                      \
+    if ((p).team) {                                                                                                    \
+        partials partial[2]; /* by turns, so that one barrier a channel is enough */                                   \
+        _Pragma("omp parallel num_threads((p).threads)") for (int64_t c = 0; c < (p).channels; c++)                    \
+            WORK(((share){c, 1, thread_rank(), team_size()}), &partial[c % 2]);                                        \
+    } else {                                                                                                           \
+        _Pragma("omp parallel for schedule(dynamic) num_threads((p).threads) if ((p).threads > 1)")                    \
+        for (int64_t c = 0; c < (p).channels; c += (p).group) {                                                        \
+            partials partial;                                                                                          \
+            WORK(((share){c, smaller((p).group, (p).channels - c), 0, 1}), &partial);                                  \
+        }                                                                                                              \
+    }
+
+#endif

@@ -1,0 +1,150 @@
+/* Loops over a run of elements of one channel that are neighbours in memory. */
+#ifndef BNKIT_RUNS_H
+#define BNKIT_RUNS_H
+
+#include "vectors.h"
+
+enum { BATCH = UNROLL * LANES, AHEAD = 2048 / sizeof(elem), CACHE_LINE = 64 / sizeof(elem) };
+
+/* The processor can't foresee where the next run is: short runs ask for all of it, long ones for the batch that lies
+ * AHEAD of the i-th of n elements, or as far into the next run. */
+INLINE void prefetch_run(const elem *next, int64_t n)
+{
+    for (int64_t i = 0; i < n; i += CACHE_LINE)
+        __builtin_prefetch(next + i);
+}
+
+INLINE void prefetch_batch(const elem *x, int64_t i, int64_t n, const elem *next)
+{
+    const elem *p = i + AHEAD < n ? x + i + AHEAD : next + (i + AHEAD - n);
+    for (int k = 0; k < BATCH; k += CACHE_LINE)
+        __builtin_prefetch(p + k);
+}
+
+/* The i-th channel's numbers in every lane. */
+INLINE vec_maps forward_maps_of(const channel_maps *m, int64_t i)
+{
+    return (vec_maps){
+        .shift = broadcast(m->shift[i]), .scale = broadcast(m->scale[i]), .offset = broadcast(m->offset[i])};
+}
+
+INLINE vec_maps backward_maps_of(const channel_maps *m, int64_t i)
+{
+    vec_maps maps = forward_maps_of(m, i);
+    maps.slope = broadcast(m->slope[i]);
+    maps.constant = broadcast(m->constant[i]);
+    return maps;
+}
+
+/* Adds the sums of (x - shift) and of its square. The run that will be summed next lies `next` elements on. */
+INLINE void sum_run(const elem *x, int64_t next, int64_t n, real shift, accumulator *sum, accumulator *squares)
+{
+    const bool is_short = n < AHEAD;
+    int64_t i = 0;
+    if (is_short)
+        prefetch_run(x + next, n);
+    for (; i + BATCH <= n; i += BATCH) {
+        vec d[UNROLL];
+        if (!is_short)
+            prefetch_batch(x, i, n, x + next);
+        for (int k = 0; k < UNROLL; k++)
+            d[k] = load(x + i + k * LANES, LANES) - shift;
+        accumulate(sum, tree_sum(d));
+        accumulate(squares, tree_dot(d, d));
+    }
+    vec rest = {0}, rest_squares = {0};
+    for (; i + LANES <= n; i += LANES) {
+        const vec d = load(x + i, LANES) - shift;
+        rest += d;
+        rest_squares += d * d;
+    }
+    if (i < n) {
+        const vec d = first_lanes(load(x + i, n - i) - shift, n - i);
+        rest += d;
+        rest_squares += d * d;
+    }
+    accumulate(sum, rest);
+    accumulate(squares, rest_squares);
+}
+
+/* How many elements come before the first whole vector, which is aligned if it is to be streamed to. */
+INLINE int64_t head_length(const elem *out, int64_t n, bool stream)
+{
+    const int64_t head = stream ? misaligned(out) : 0;
+    return head < n ? head : n;
+}
+
+INLINE void normalize_run(const elem *x, const elem *residual, elem *y, int64_t n, vec_maps m, bool stream,
+                             int activation, bool add)
+{
+    int64_t i = head_length(y, n, stream);
+    if (i > 0)
+        normalize_vector(x, residual, y, m, activation, add, i, false);
+    for (; i + LANES <= n; i += LANES)
+        normalize_vector(x + i, residual + i, y + i, m, activation, add, LANES, stream);
+    if (i < n)
+        normalize_vector(x + i, residual + i, y + i, m, activation, add, n - i, false);
+}
+
+/* Adds the sums of dz and of dz (x - shift). The run that will be summed next lies `next` elements on. */
+INLINE void sum_gradient_run(const elem *dy, const elem *x, const elem *residual, int64_t next, int64_t n, vec_maps m,
+                                accumulator *sum, accumulator *dot, int activation, bool add)
+{
+    const bool is_short = n < AHEAD;
+    int64_t i = 0;
+    if (is_short) {
+        prefetch_run(x + next, n);
+        prefetch_run(dy + next, n);
+    }
+    for (; i + BATCH <= n; i += BATCH) {
+        vec dz[UNROLL], d[UNROLL];
+        if (!is_short) {
+            prefetch_batch(x, i, n, x + next);
+            prefetch_batch(dy, i, n, dy + next);
+            if (add)
+                prefetch_batch(residual, i, n, residual + next);
+        }
+        for (int k = 0; k < UNROLL; k++) {
+            const int64_t at = i + k * LANES;
+            const vec from_x = load(x + at, LANES);
+            d[k] = from_x - m.shift;
+            dz[k] = vector_dz(dy + at, from_x, residual + at, m, activation, add, LANES);
+        }
+        accumulate(sum, tree_sum(dz));
+        accumulate(dot, tree_dot(dz, d));
+    }
+    vec rest = {0}, rest_dot = {0};
+    for (; i + LANES <= n; i += LANES) {
+        const vec from_x = load(x + i, LANES), dz = vector_dz(dy + i, from_x, residual + i, m, activation, add, LANES);
+        rest += dz;
+        rest_dot += dz * (from_x - m.shift);
+    }
+    if (i < n) {
+        const vec from_x = load(x + i, n - i);
+        const vec dz = first_lanes(vector_dz(dy + i, from_x, residual + i, m, activation, add, n - i), n - i);
+        rest += dz;
+        rest_dot += dz * (from_x - m.shift);
+    }
+    accumulate(sum, rest);
+    accumulate(dot, rest_dot);
+}
+
+/* dx and dresidual, as far as given. */
+INLINE void gradient_run(const elem *dy, const elem *x, const elem *residual, elem *dx, elem *dresidual, int64_t n,
+                         vec_maps m, bool through_x, bool stream, int activation, bool add)
+{
+#define GRADIENT(lanes, past_cache)                                                                                    \
+    gradient_vector(dy + i, x + i, residual + i, dx ? dx + i : NULL, dresidual ? dresidual + i : NULL, m, through_x,   \
+                    activation, add, lanes, past_cache)
+    const int64_t head = head_length(dx ? dx : dresidual, n, stream);
+    int64_t i = 0;
+    if (head > 0)
+        GRADIENT(head, false);
+    for (i = head; i + LANES <= n; i += LANES)
+        GRADIENT(LANES, stream);
+    if (i < n)
+        GRADIENT(n - i, false);
+#undef GRADIENT
+}
+
+#endif

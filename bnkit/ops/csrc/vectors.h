@@ -1,0 +1,80 @@
+/* What is done to one vector of neighbours, whether they share a channel (runs.h) or each have their own (rows.h). */
+#ifndef BNKIT_VECTORS_H
+#define BNKIT_VECTORS_H
+
+#include "activations.h"
+#include "channels.h"
+
+enum { UNROLL = 8 };
+
+/* Calls CALL with the activation and the flag as constants for the cases worth a loop of their own. */
+#define SPECIALIZE(activation, flag, CALL)                                                                             \
+    do {                                                                                                               \
+        if ((activation) == BNKIT_NONE && (flag))                                                                      \
+            CALL(BNKIT_NONE, true);                                                                                    \
+        else if ((activation) == BNKIT_NONE)                                                                           \
+            CALL(BNKIT_NONE, false);                                                                                   \
+        else if ((activation) == BNKIT_RELU && (flag))                                                                 \
+            CALL(BNKIT_RELU, true);                                                                                    \
+        else if ((activation) == BNKIT_RELU)                                                                           \
+            CALL(BNKIT_RELU, false);                                                                                   \
+        else if (flag)                                                                                                 \
+            CALL((activation), true);                                                                                  \
+        else                                                                                                           \
+            CALL((activation), false);                                                                                 \
+    } while (0)
+
+/* Of one channel in every lane, or of neighbouring channels: see channels.h. */
+typedef struct {
+    vec shift, scale, offset;
+    vec slope, constant; /* backward's second sweep only */
+} vec_maps;
+
+/* Eight summands as a tree: with double accumulators for the trees' results, a sum costs little more than in float and
+ * is nearly as exact as in double. */
+INLINE vec tree_sum(const vec v[UNROLL])
+{
+    return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
+}
+
+INLINE vec tree_dot(const vec v[UNROLL], const vec w[UNROLL])
+{
+    return ((v[0] * w[0] + v[1] * w[1]) + (v[2] * w[2] + v[3] * w[3])) +
+           ((v[4] * w[4] + v[5] * w[5]) + (v[6] * w[6] + v[7] * w[7]));
+}
+
+/* Below, n is LANES or a tail's length; pointers are to the vector's first element. `residual` counts if `add`. */
+
+INLINE vec before_activation(vec x, const elem *residual, vec_maps m, bool add, int64_t n)
+{
+    const vec z = (x - m.shift) * m.scale + m.offset;
+    return add ? z + load(residual, n) : z;
+}
+
+INLINE void normalize_vector(const elem *x, const elem *residual, elem *y, vec_maps m, int activation, bool add,
+                             int64_t n, bool stream)
+{
+    store(y, activate(before_activation(load(x, n), residual, m, add, n), activation), n, stream);
+}
+
+INLINE vec vector_dz(const elem *dy, vec x, const elem *residual, vec_maps m, int activation, bool add, int64_t n)
+{
+    if (activation == BNKIT_NONE)
+        return load(dy, n);
+    return gradient_through(load(dy, n), before_activation(x, residual, m, add, n), activation);
+}
+
+/* `through_x`: whether dx has the terms that come by way of the batch's statistics. */
+INLINE void gradient_vector(const elem *dy, const elem *x, const elem *residual, elem *dx, elem *dresidual, vec_maps m,
+                            bool through_x, int activation, bool add, int64_t n, bool stream)
+{
+    const vec from_x = load(x, n), dz = vector_dz(dy, from_x, residual, m, activation, add, n);
+    if (dx && through_x)
+        store(dx, dz * m.scale + ((from_x - m.shift) * m.slope + m.constant), n, stream);
+    else if (dx)
+        store(dx, dz * m.scale, n, stream);
+    if (dresidual)
+        store(dresidual, dz, n, stream);
+}
+
+#endif

@@ -1,0 +1,112 @@
+"""Batch normalization by Triton kernels, on NVIDIA GPUs: a backend of `dispatch`. Triton is imported on first use.
+
+A tensor is taken as it lies: contiguous, or any layout in which the channel is innermost (channels_last, (N, C));
+anything else is first copied to one of these. The kernels are in `_triton_forward` and `_triton_backward`.
+
+`mean` is float64 and `invstd` float32, whatever the type of x.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_CAPABILITY = (8, 0)
+"""The oldest devices that Triton serves."""
+
+
+def available(device: int = 0) -> bool:
+    """Whether the kernels run on this GPU: NVIDIA's, of compute capability 8.0 (Ampere) or later, and with Triton."""
+    return torch.cuda.is_available() and _capable(device)
+
+
+def supports(x: Tensor, parameters: Sequence[Tensor | None], residual: Tensor | None) -> bool:
+    """Whether the kernels take the call: see `dispatch.Backend`. Parameters may be of any type, next to each other."""
+    return (
+        x.is_cuda
+        and x.dtype in _DTYPES
+        and x.layout is torch.strided
+        and (residual is None or (residual.device == x.device and residual.dtype is x.dtype))
+        and (residual is None or residual.layout is torch.strided)
+        and all(p is None or (p.device == x.device and p.is_contiguous()) for p in parameters)
+        and _capable(x.get_device())
+    )
+
+
+def forward(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    activation: str | None,
+    residual: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, and the mean and invstd it was normalized with: see `dispatch.Backend`."""
+    from ._triton_forward import batch_norm_forward, batch_norm_inference
+
+    x, shape = _laid_out(x)
+    residual = None if residual is None else _like(residual, x)
+    with torch.cuda.device_of(x):
+        if training:
+            return batch_norm_forward(
+                x, residual, weight, bias, running_mean, running_var, momentum, eps, activation, shape
+            )
+        assert running_mean is not None
+        assert running_var is not None
+        return batch_norm_inference(x, residual, weight, bias, running_mean, running_var, eps, activation, shape)
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    activation: str | None,
+    residual: Tensor | None,
+    needs: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """dx, dresidual, dweight, dbias, as far as needed: see `dispatch.Backend`."""
+    from ._triton_backward import batch_norm_backward
+
+    x, shape = _laid_out(x)
+    dy = _like(dy, x)
+    residual = None if residual is None else _like(residual, x)
+    with torch.cuda.device_of(x):
+        return batch_norm_backward(dy, x, residual, weight, bias, mean, invstd, training, activation, needs, shape)
+
+
+def _laid_out(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
+    """x as the kernels read it, with (N, C, S) of `_triton_tiles`: itself, or where its strides do not fit, a copy."""
+    channels = x.shape[1]
+    planes = (x.shape[0], channels, x.numel() // (x.shape[0] * channels))
+    if x.is_contiguous():
+        return x, planes
+    rows = x.movedim(1, -1)
+    if rows.is_contiguous() or x.stride(1) == 1:
+        x = x if rows.is_contiguous() else rows.contiguous().movedim(-1, 1)
+        return x, (x.numel() // channels, channels, 1)
+    return x.contiguous(), planes
+
+
+def _like(tensor: Tensor, x: Tensor) -> Tensor:
+    """The tensor with the strides of x."""
+    return tensor if tensor.stride() == x.stride() else torch.empty_like(x).copy_(tensor)
+
+
+@cache
+def _capable(device: int) -> bool:
+    if torch.version.cuda is None or importlib.util.find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= _CAPABILITY

@@ -1,0 +1,102 @@
+"""What the tests of the C kernels share: each instruction set on its own, results, and the judge."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import oracle
+import pytest
+import torch
+from oracle import Case
+from torch import Tensor
+
+from bnkit import functional
+from bnkit.ops import cpu, dispatch, reference
+
+needs_kernels = pytest.mark.skipif(not cpu.available(), reason="installed without the C kernels")
+
+
+@pytest.fixture(params=["avx512", "avx2", "portable"])
+def instruction_set(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The kernels as a machine with no more than this instruction set would run them."""
+    library = load(request.param, tmp_path)
+    if library.bnkit_instruction_set().decode() != request.param:
+        pytest.skip(f"this machine has no {request.param}")
+    monkeypatch.setattr(cpu, "_library", lambda: library)
+    return request.param
+
+
+def load(instruction_set: str, folder: Path) -> ctypes.CDLL:
+    """Another copy of the library, since one is told its instruction set when it is loaded."""
+    loaded = cpu._library()
+    assert loaded is not None
+    copy = shutil.copy(loaded._name, folder / f"{instruction_set}.so")
+    before = os.environ.get("BNKIT_CPU")
+    os.environ["BNKIT_CPU"] = instruction_set
+    try:
+        return cpu._declared(ctypes.CDLL(str(copy)))
+    finally:
+        del os.environ["BNKIT_CPU"]
+        if before is not None:
+            os.environ["BNKIT_CPU"] = before
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """In deterministic mode PyTorch fills new memory with NaN, so a value that no kernel wrote shows."""
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def only_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing falls back to the reference unseen."""
+
+    def refuse(*_):
+        raise AssertionError("the kernels did not take the call")
+
+    monkeypatch.setattr(dispatch, "BACKENDS", (cpu,))
+    monkeypatch.setattr(reference, "batch_norm", refuse)
+
+
+def batch_norm(case: Case) -> Tensor:
+    arguments = (case.x, case.running_mean, case.running_var, case.weight, case.bias)
+    options = {"activation": case.activation, "residual": case.residual}
+    return functional.batch_norm(*arguments, case.training, case.momentum, case.eps, **options)
+
+
+def check(case: Case, label: str = "") -> oracle.Results:
+    """The kernels' results, which are as near to the exact ones as eager PyTorch's."""
+    results = oracle.run(case, batch_norm)
+    if case.x.dtype == torch.float64:
+        _assert_near_in_double(results, case, label)
+    else:
+        oracle.assert_as_accurate(results, case, label)
+    return results
+
+
+def _assert_near_in_double(results: oracle.Results, case: Case, label: str) -> None:
+    """The exact results are of double precision themselves: over many values their own rounding shows."""
+    summed = case.dy.abs().sum().item() / case.x.shape[1]
+    scales = {"dweight": summed, "dbias": summed, "dx": case.dy.abs().max().item()}
+    for name, true in oracle.exact(case).items():
+        ours = results[name]
+        if true is None or ours is None:
+            assert true is ours, f"{name} is there in only one {label}"
+        else:
+            assert ours.dtype == torch.float64, f"{name}: {ours.dtype} {label}"
+            scale = max(true.abs().max().item(), scales.get(name, 0.0))
+            torch.testing.assert_close(ours, true, rtol=0, atol=1e-14 * scale, msg=lambda m, n=name: f"{n} {label} {m}")
+
+
+def assert_identical(a: oracle.Results, b: oracle.Results, label: str = "") -> None:
+    for name, value in a.items():
+        other = b[name]
+        same = value is other if value is None or other is None else torch.equal(value, other)
+        assert same, f"{name} differs {label}"
