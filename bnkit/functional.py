@@ -1,0 +1,128 @@
+"""Batch normalization as a function: `torch.nn.functional.batch_norm` with a residual and an activation."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from . import ops
+from ._checks import UserError, unknown
+
+__all__ = ["batch_norm"]
+
+
+def batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | Tensor = 0.1,
+    eps: float = 1e-5,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Normalize each channel of a batch, add a residual, apply an activation.
+
+        y = activation(weight · (x - mean) / √(var + eps) + bias + residual)
+
+    In training, mean and (biased) variance are the batch's own, and the running statistics are updated in place,
+    running = (1 - momentum) · running + momentum · batch, with the batch's *unbiased* variance. Otherwise mean and
+    variance are `running_mean` and `running_var`. Statistics are float32 (float64 for float64) whatever the type of
+    x; y has the type of x, promoted with that of the residual. A batch of size zero leaves the running statistics
+    alone.
+
+    References:
+        Ioffe and Szegedy, "Batch Normalization", 2015, https://arxiv.org/abs/1502.03167, algorithms 1 and 2.
+
+    Args:
+        x: (N, C) or (N, C, *), floating point, of any layout.
+        running_mean, running_var: (C,), both or neither; needed unless `training`.
+        weight, bias: (C,); 1 and 0 if None.
+        training: normalize with the batch's statistics, and update the running ones.
+        momentum: weight of the new batch in the running statistics (PyTorch's convention).
+        eps: added to the variance; positive (in inference it may be 0).
+        activation: None, "relu", "leaky_relu" (slope 0.01), "silu", "gelu" (exact), "hardswish", "sigmoid" or "tanh".
+        residual: of the shape of x, added before the activation.
+
+    Raises:
+        ValueError: one value a channel in training, eps out of range, unknown activation, only one of running_mean and
+            running_var, x or residual of the wrong shape.
+        RuntimeError: running statistics missing in inference, or a per-channel argument of the wrong size.
+        NotImplementedError: x is not floating point.
+    """
+    tensors = (x, running_mean, running_var, weight, bias, residual)
+    if has_torch_function_variadic(*tensors):
+        return handle_torch_function(
+            batch_norm,
+            tensors,
+            x,
+            running_mean,
+            running_var,
+            weight=weight,
+            bias=bias,
+            training=training,
+            momentum=momentum,
+            eps=eps,
+            activation=activation,
+            residual=residual,
+        )
+    _check_tensors(x, running_mean, running_var, weight, bias, residual, training)
+    _check_values(x, training, eps, activation)
+    if x.dim() < 2:  # empty, which torch lets pass
+        return x.clone()
+    return ops.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual)
+
+
+def _check_tensors(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    training: bool,
+) -> None:
+    if not x.is_floating_point():
+        raise NotImplementedError(f'"batch_norm" not implemented for {x.dtype}; convert the input, as with x.float().')
+    if x.dim() < 2 and x.numel() > 0:
+        raise UserError(
+            f"expected input of shape (N, C) or (N, C, *), got {tuple(x.shape)}; add the missing dimension."
+        )
+    if training and (running_mean is None) != (running_var is None):
+        raise UserError("running_mean and running_var must either both be None or neither be None; pass the other too.")
+    channels = x.shape[1] if x.dim() > 1 else 0
+    for name, tensor in (
+        ("running_mean", running_mean),
+        ("running_var", running_var),
+        ("weight", weight),
+        ("bias", bias),
+    ):
+        if tensor is not None and tensor.numel() != channels:
+            raise RuntimeError(f"{name} should contain {channels} elements not {tensor.numel()}")
+        if tensor is None and not training and name.startswith("running"):
+            raise RuntimeError(f"{name} must be defined in evaluation mode")
+    if residual is not None and residual.shape != x.shape:
+        raise UserError(
+            f"residual must have the input's shape {tuple(x.shape)}, got {tuple(residual.shape)}; "
+            "expand it first if it is meant to broadcast."
+        )
+
+
+def _check_values(x: Tensor, training: bool, eps: float, activation: str | None) -> None:
+    if training and x.shape[0] * math.prod(x.shape[2:]) == 1:
+        raise UserError(
+            f"Expected more than 1 value per channel when training, got input size {x.shape}: the variance of one "
+            "value is 0, so every output would be the bias; use a larger batch, drop_last=True in the DataLoader, "
+            "or eval mode for this layer."
+        )
+    if training and eps <= 0.0:
+        raise UserError(f"batch_norm eps must be positive during training, but got {eps}; the usual value is 1e-5.")
+    if eps < 0.0:
+        raise UserError(f"batch_norm eps must be non-negative, but got {eps}; the usual value is 1e-5.")
+    if activation is not None and activation not in ops.ACTIVATIONS:
+        raise unknown("activation", activation, ops.ACTIVATIONS)
