@@ -1,0 +1,10 @@
+"""Networks of the literature with a choice of normalization: `create("vgg16", norm="batch")`, `list()`."""
+
+from ._norm import Norm, norms
+from ._registry import create, options
+from ._registry import list_models as list
+from .lenet import LeNet5
+from .mlp import MLP
+from .vgg import VGG
+
+__all__ = ["MLP", "VGG", "LeNet5", "Norm", "create", "list", "norms", "options"]

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import bnkit.nn
+from bnkit import models
+from bnkit._checks import UserError
+from bnkit.models._activation import _ACTIVATIONS, activation_layer
+from bnkit.models._norm import norm_layers
+from bnkit.ops import ACTIVATIONS
+
+
+def normalized(norm: models.Norm, x: torch.Tensor, activation: str = "tanh") -> torch.Tensor:
+    layers = norm_layers(norm, x.shape[1], dims=1 if x.dim() == 2 else 2, activation=activation)
+    return nn.Sequential(*layers)(x)
+
+
+VECTORS = torch.randn(6, 32, generator=torch.Generator().manual_seed(0)) * 3 + 5
+MAPS = torch.randn(4, 6, 5, 5, generator=torch.Generator().manual_seed(0)) * 3 + 5
+
+
+@pytest.mark.parametrize("x", [VECTORS, MAPS], ids=["vectors", "maps"])
+def test_each_norm_by_value(x: torch.Tensor) -> None:
+    over = [0, *range(2, x.dim())]
+    batch = (x - x.mean(over, keepdim=True)) / (x.var(over, correction=0, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(normalized("batch", x), batch.tanh(), rtol=1e-5, atol=1e-5)
+    layer = F.layer_norm(x, x.shape[1:])
+    torch.testing.assert_close(normalized("layer", x), layer.tanh(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(normalized("none", x), x.tanh())
+
+
+def test_instance_norm_by_value() -> None:
+    expected = (MAPS - MAPS.mean((2, 3), keepdim=True)) / (MAPS.var((2, 3), correction=0, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(normalized("instance", MAPS), expected.tanh(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("dims", "features", "groups"),
+    [(2, 512, 32), (2, 64, 32), (2, 32, 16), (2, 6, 3), (2, 7, 1), (2, 1, 1), (1, 100, 5), (1, 512, 32), (1, 16, 1)],
+)
+def test_no_group_is_too_small_to_normalize(dims: int, features: int, groups: int) -> None:
+    layer = norm_layers("group", features, dims=dims, activation="relu")[0]
+    assert isinstance(layer, nn.GroupNorm)
+    assert layer.num_groups == groups
+
+
+@pytest.mark.parametrize(("dims", "kind"), [(1, bnkit.nn.BatchNorm1d), (2, bnkit.nn.BatchNorm2d)])
+def test_batch_norm_applies_the_activation_itself(dims: int, kind: type[nn.Module]) -> None:
+    norm, placeholder = norm_layers("batch", 4, dims=dims, activation="relu")
+    assert type(norm) is kind
+    assert norm.activation == "relu"
+    assert type(placeholder) is nn.Identity
+
+
+def test_a_function_makes_the_norm() -> None:
+    norm, activation = norm_layers(lambda n: nn.BatchNorm2d(n, eps=0.5), 4, dims=2, activation="relu")
+    assert isinstance(norm, nn.BatchNorm2d)
+    assert norm.eps == 0.5
+    assert type(activation) is nn.ReLU
+
+
+def test_the_names_are_those_that_batch_norm_fuses() -> None:
+    assert set(_ACTIVATIONS) == set(ACTIVATIONS)
+    x = torch.linspace(-3, 3, 24).view(6, 4)
+    for name in ACTIVATIONS:
+        fused = bnkit.nn.BatchNorm1d(4, activation=name)
+        torch.testing.assert_close(fused(x), activation_layer(name)(bnkit.nn.BatchNorm1d(4)(x)))
+
+
+def test_errors() -> None:
+    with pytest.raises(UserError, match=r"unknown norm 'bath': did you mean batch\?"):
+        norm_layers("bath", 4, dims=2, activation="relu")
+    for norm in ("none", "batch", nn.BatchNorm2d):
+        with pytest.raises(UserError, match=r"unknown activation 'rellu': did you mean relu"):
+            norm_layers(norm, 4, dims=2, activation="rellu")
+    with pytest.raises(UserError, match=r"norm must give a torch.nn.Module, got int: "):
+        norm_layers(lambda n: n, 4, dims=2, activation="relu")  # pyright: ignore[reportArgumentType]
