@@ -1,0 +1,20 @@
+"""Training: settings, the loop, evaluation, checkpoints, optimizer groups."""
+
+from ._config import FitConfig
+from ._evaluate import evaluate
+from ._fit import Diverged, fit, iterate
+from ._groups import parameter_groups
+from ._history import Evaluation, History
+from ._schedule import learning_rate
+
+__all__ = [
+    "Diverged",
+    "Evaluation",
+    "FitConfig",
+    "History",
+    "evaluate",
+    "fit",
+    "iterate",
+    "learning_rate",
+    "parameter_groups",
+]

@@ -1,0 +1,51 @@
+"""An image set on the device, cut into normalized batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..data import ImageSet
+from ._devices import Devices
+
+
+class Batches:
+    """Batches of `data`, which is moved to the device whole, as bytes.
+
+    Args:
+        data: The images.
+        normalize: `"unit"` for x / 255; `"channel"` for (x / 255 - mean) / std by the training images' channels, where
+            a constant channel is left at zero.
+        devices: Where, and which share of each training batch.
+    """
+
+    def __init__(self, data: ImageSet, normalize: str, devices: Devices) -> None:
+        self._devices = devices
+        to = devices.device
+        self._train = data.train_images.to(to), data.train_labels.to(to)
+        self._test = data.test_images.to(to), data.test_labels.to(to)
+        self._scale: Tensor | float = 1 / 255
+        self._shift: Tensor | None = None
+        if normalize == "channel":
+            mean, std = (moment.double().view(1, -1, 1, 1) for moment in (data.mean, data.std))
+            std = torch.where(std > 0, std, 1.0)
+            self._scale = (1 / (255 * std)).to(devices.dtype).to(to)
+            self._shift = (mean / std).to(devices.dtype).to(to)
+
+    def training(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """This process's share of the training batch at `index`: images (n, C, H, W) and labels (n,)."""
+        index = index[self._devices.rank :: self._devices.world].to(self._devices.device)
+        images, labels = self._train
+        return self._normalized(images.index_select(0, index)), labels.index_select(0, index)
+
+    def test(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The test images and labels in order."""
+        images, labels = self._test
+        for part, targets in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+            yield self._normalized(part), targets
+
+    def _normalized(self, images: Tensor) -> Tensor:
+        values = images.to(self._devices.dtype).mul_(self._scale)
+        return values if self._shift is None else values.sub_(self._shift)

@@ -1,0 +1,137 @@
+"""What a training run is told: every choice that its result depends on."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from .._checks import UserError, require, unknown
+
+SCHEDULES = ("constant", "cosine")
+NORMALIZATIONS = ("channel", "unit")
+PRECISIONS = ("32-true", "64-true", "bf16-mixed")
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
+
+@dataclasses.dataclass(frozen=True)
+class FitConfig:
+    """The settings of `fit`: mini-batch SGD on the cross-entropy.
+
+    Attributes:
+        steps: Updates of the weights.
+        batch_size: Images an update, over all devices together.
+        lr: Learning rate, after the warm-up and before any decay.
+        momentum: Of SGD, in [0, 1).
+        weight_decay: L2 penalty on weights; norms' parameters and biases are spared (see `parameter_groups`).
+        schedule: `"constant"`, or `"cosine"` down to zero at the last step (Loshchilov and Hutter 2017).
+        warmup_steps: Steps over which the rate first grows linearly to `lr` (Goyal et al. 2017, section 2.2).
+        seed: Of the order of the batches and of what the model draws while it trains; not of its initial weights.
+        eval_every: Steps between evaluations.
+        eval_batch_size: Images a forward pass of an evaluation.
+        checkpoint_every: Steps between checkpoints, a multiple of `eval_every`; by default at each evaluation.
+        normalize: `"unit"` scales pixels to [0, 1]; `"channel"` then also takes the training images' mean and
+            standard deviation to 0 and 1, channel by channel.
+        precision: `"32-true"`, `"64-true"` (one device only), or `"bf16-mixed"` (autocast).
+        device: `"auto"` (CUDA, else Apple's GPU, else CPU), `"cpu"`, `"cuda"` or `"mps"`.
+        devices: Processes that train together, each on its own device and its own share of every batch, by
+            `DistributedDataParallel`. More than one are started with `torchrun --nproc-per-node`.
+
+    Raises:
+        UserError: a value out of range.
+    """
+
+    steps: int
+    batch_size: int = 128
+    lr: float = 0.1
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    seed: int = 0
+    eval_every: int = 250
+    eval_batch_size: int = 1000
+    checkpoint_every: int | None = None
+    normalize: str = "channel"
+    precision: str = "32-true"
+    device: str = "auto"
+    devices: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "eval_every", "eval_batch_size", "devices"):
+            _require_integer(name, getattr(self, name), at_least=1)
+        _require_integer("warmup_steps", self.warmup_steps, at_least=0)
+        _require_integer("seed", self.seed, at_least=0)
+        require(
+            _is_finite(self.lr) and self.lr > 0,
+            f"lr must be a positive number, got {self.lr!r}: try 0.1.",
+        )
+        require(
+            _is_finite(self.momentum) and 0 <= self.momentum < 1,
+            f"momentum must be in [0, 1), got {self.momentum!r}: try 0.9.",
+        )
+        require(
+            _is_finite(self.weight_decay) and self.weight_decay >= 0,
+            f"weight_decay must be zero or positive, got {self.weight_decay!r}: try 1e-4.",
+        )
+        for name, choices in (
+            ("schedule", SCHEDULES),
+            ("normalize", NORMALIZATIONS),
+            ("precision", PRECISIONS),
+            ("device", DEVICES),
+        ):
+            if getattr(self, name) not in choices:
+                raise unknown(name, str(getattr(self, name)), choices)
+        self._check_relations()
+
+    def _check_relations(self) -> None:
+        require(
+            self.warmup_steps <= self.steps,
+            f"the warm-up must end within the run, got warmup_steps={self.warmup_steps} of steps={self.steps}: "
+            "shorten it.",
+        )
+        require(
+            self.batch_size % self.devices == 0,
+            f"the batch must split evenly over the devices, got batch_size={self.batch_size} on "
+            f"devices={self.devices}: choose a multiple.",
+        )
+        # Fabric hands float64 outputs on as float32.
+        require(
+            self.devices == 1 or self.precision != "64-true",
+            f"precision 64-true is for one device, got devices={self.devices}: choose 32-true.",
+        )
+        if self.checkpoint_every is not None:
+            _require_integer("checkpoint_every", self.checkpoint_every, at_least=1)
+            require(
+                self.checkpoint_every % self.eval_every == 0,
+                f"checkpoint_every must be a multiple of eval_every={self.eval_every}, "
+                f"got {self.checkpoint_every}: choose one.",
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values by name, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> FitConfig:
+        """The configuration that `to_dict` described.
+
+        Raises:
+            UserError: an unknown or missing setting, or a value out of range.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        for name in values:
+            if name not in names:
+                raise unknown("setting", name, names)
+        require("steps" in values, "a configuration must say for how many steps to train: add steps.")
+        return cls(**values)
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _require_integer(name: str, value: object, *, at_least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+        raise UserError(f"{name} must be an integer of {at_least} or more, got {value!r}: choose one.")

@@ -1,0 +1,143 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .._checks import UserError
+from ..data import ImageSet
+from ._checkpoint import load, save
+from ._config import FitConfig
+from ._evaluate import evaluate_placed
+from ._history import Evaluation, History
+from ._run import Run, start
+from ._schedule import learning_rate
+
+
+class Diverged(UserError):
+    """The training loss of update number `step` (from 0) was not finite, at rate `learning_rate`."""
+
+    def __init__(self, step: int, learning_rate: float) -> None:
+        super().__init__(
+            f"the training loss is not finite at step {step} with learning rate {learning_rate:g}: "
+            "lower the rate, warm it up, or add normalization."
+        )
+        self.step = step
+        self.learning_rate = learning_rate
+
+
+def fit(
+    model: nn.Module,
+    data: ImageSet,
+    config: FitConfig,
+    *,
+    on_evaluation: Callable[[Evaluation], object] | None = None,
+    resume: str | os.PathLike[str] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+) -> History:
+    """Train `model` in place. See `iterate`, which this runs to its end.
+
+    Args:
+        on_evaluation: Called with each evaluation as it is made.
+
+    Returns:
+        All evaluations.
+    """
+    history = History(config)
+    for evaluation in iterate(model, data, config, resume=resume, checkpoint=checkpoint):
+        history.evaluations.append(evaluation)
+        if on_evaluation is not None:
+            on_evaluation(evaluation)
+    return history
+
+
+def iterate(
+    model: nn.Module,
+    data: ImageSet,
+    config: FitConfig,
+    *,
+    resume: str | os.PathLike[str] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+) -> Iterator[Evaluation]:
+    """Train `model` in place by SGD on the cross-entropy, pausing at each evaluation.
+
+    Evaluations are made before the first update, after every `eval_every`, and after the last one. Between them the
+    caller may do anything, such as train another model in turns: the runs don't disturb each other, as each keeps its
+    own order of batches and its own random states, and `seconds` counts a run's own training only.
+
+    Args:
+        model: From (N, C, H, W) to (N, num_classes) logits. It is moved to the device and put into training mode.
+        data: All of it is kept on the device.
+        config: Everything else that the result depends on.
+        resume: A checkpoint to go on from. Its evaluations are yielded again, then training goes on to the same
+            weights, to the bit, as those of a run that was not interrupted (on the same machine and thread count).
+        checkpoint: A file to write after each evaluation that `checkpoint_every` selects and after the last.
+
+    Yields:
+        An `Evaluation` of the model as it then is.
+
+    Raises:
+        UserError: a model, data set or checkpoint that does not fit the rest; a device that is not there.
+        Diverged: the training loss stopped being finite; the model is left as it is.
+    """
+    run = start(model, data, config)
+    if resume is not None:
+        load(resume, run)
+    model.train()
+    yield from tuple(run.evaluations)
+    if not run.evaluations:
+        yield _record(run, None, checkpoint)
+    while run.step < config.steps:
+        train_loss = _advance(run)
+        yield _record(run, train_loss, checkpoint)
+
+
+def _advance(run: Run) -> float:
+    """Train up to the next evaluation; the mean loss on the way there."""
+    config, optimizer, first = run.config, run.optimizer, run.step
+    end = min(config.steps, (first // config.eval_every + 1) * config.eval_every)
+    losses: list[Tensor] = []
+    started = time.perf_counter()
+    with run.random.active():
+        for step in range(first, end):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config, step)
+            images, labels = run.batches.training(next(run.order))
+            loss = F.cross_entropy(run.devices.forward(images), labels)
+            optimizer.zero_grad()
+            run.devices.backward(loss)
+            optimizer.step()
+            losses.append(loss.detach())
+    run.devices.synchronize()
+    run.seconds += time.perf_counter() - started
+    run.step = end
+    return _mean(losses, run, first)
+
+
+def _mean(losses: list[Tensor], run: Run, first: int) -> float:
+    # Looked at once per evaluation: reading each loss would make the host wait for the device at every step.
+    values = run.devices.mean(torch.stack(losses)).cpu().double()
+    bad = (~values.isfinite()).nonzero()
+    if len(bad) > 0:
+        step = first + int(bad[0])
+        raise Diverged(step, learning_rate(run.config, step))
+    return values.mean().item()
+
+
+def _record(run: Run, train_loss: float | None, checkpoint: str | os.PathLike[str] | None) -> Evaluation:
+    """Evaluate, note it, and write a checkpoint if one is due."""
+    test_loss, test_accuracy = evaluate_placed(run.model, run.batches, run.devices, run.data.num_classes, run.config)
+    seconds, test_loss, test_accuracy = run.devices.from_first([run.seconds, test_loss, test_accuracy])
+    rate = learning_rate(run.config, max(run.step - 1, 0))
+    evaluation = Evaluation(run.step, seconds, rate, train_loss, test_loss, test_accuracy)
+    run.evaluations.append(evaluation)
+    every = run.config.checkpoint_every or run.config.eval_every
+    if checkpoint is not None and (run.step % every == 0 or run.step == run.config.steps):
+        save(checkpoint, run)
+    return evaluation
