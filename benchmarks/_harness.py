@@ -1,0 +1,55 @@
+"""Side-by-side timing: the cases take turns in one process, so a drift of the machine meets them all."""
+
+from __future__ import annotations
+
+import csv
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bnkit._environment import describe_machine
+from bnkit._files import written_aside
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def take_turns(cases: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 2) -> dict[str, list[float]]:
+    """Seconds of each case in each round; the order is reversed every other round."""
+    names = list(cases)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for i in range(warm_up + rounds):
+        for name in names if i % 2 else reversed(names):
+            start = time.perf_counter()
+            cases[name]()
+            if i >= warm_up:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """p20, p50 and p80."""
+    cuts = statistics.quantiles(values, n=10, method="inclusive")
+    return cuts[1], statistics.median(values), cuts[7]
+
+
+def in_fresh_process(script: str, *arguments: str) -> Any:
+    """Run a benchmark script in a process of its own, for a setting that can't be undone; its last line is JSON."""
+    done = subprocess.run([sys.executable, script, *arguments], check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def save_results(name: str, rows: Sequence[Mapping[str, object]]) -> Path:
+    """Write `results/<name>.csv`, each row with the machine and versions."""
+    machine = {key: value for key, value in describe_machine().items() if key not in rows[0]}
+    full = [{**row, **machine} for row in rows]
+    path = RESULTS / f"{name}.csv"
+    with written_aside(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(full[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(full)
+    return path

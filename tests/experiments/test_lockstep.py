@@ -1,0 +1,106 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from bnkit.data import BatchOrder, ImageSet
+from bnkit.experiments._lockstep import Task, create_stack, evaluation_steps, step_seconds, train_stack
+from bnkit.experiments._record import Configuration
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def data():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 2, (300, 1, 8, 8), dtype=torch.uint8, generator=generator) * 255
+    # A pixel that is never on in training but is in tests, where its weights still count.
+    images[:200, :, 2, 3] = 0
+    labels = images[:, 0, :4].float().mean((1, 2)).gt(127).long() + 2 * images[:, 0, 4:].float().mean((1, 2)).gt(127)
+    return ImageSet("halves", images[:200], labels[:200], images[200:], labels[200:], ("a", "b", "c", "d"))
+
+
+def test_evaluation_steps_are_dense_at_the_start_and_never_fewer_than_asked():
+    steps = evaluation_steps(50_000)
+    assert steps[0] == 0
+    assert steps[-1] == 50_000
+    assert len(steps) >= 200
+    assert np.diff(steps[:10]).max() < np.diff(steps[-10:]).min()
+    assert steps == sorted(set(steps))
+
+
+@pytest.mark.parametrize("steps", [1, 7, 100])
+def test_a_short_run_is_evaluated_at_every_step(steps):
+    assert evaluation_steps(steps) == list(range(steps + 1))
+
+
+def test_trains_what_the_ordinary_loop_trains(data):
+    """Same weights, same batches, same accuracy as the modules trained by autograd."""
+    configurations = [Configuration("none", 0.5, 0.3), Configuration("batch", 0.5, 0.3)]
+    task = Task.of(data, CPU)
+    stack = create_stack(configurations, [0, 5], data, task)
+    expected = [list(row) for row in create_stack(configurations, [0, 5], data, task).nets]
+    for row in expected:
+        for seed, net in zip([0, 5], row, strict=True):
+            order, optimizer = BatchOrder(200, 20, seed), torch.optim.SGD(net.parameters(), 0.5)
+            for _ in range(30):
+                rows = next(order)
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(net(data.train_images[rows] / 255), task.y[rows]).backward()
+                optimizer.step()
+    last = list(train_stack(stack, task, [0, 5], 20, [0, 30]))[-1]
+    for k, row in enumerate(expected):
+        for s, net in enumerate(row):
+            logits = net.eval()(data.test_images / 255)
+            assert last.loss[k, s] == pytest.approx(nn.functional.cross_entropy(logits, task.test_y).item(), rel=1e-3)
+            assert last.accuracy[k, s] == pytest.approx(
+                (logits.argmax(1) == task.test_y).float().mean().item(), abs=0.011
+            )
+
+
+def test_one_seed_gives_every_configuration_the_same_weights_but_for_scale(data):
+    task = Task.of(data, CPU)
+    stack = create_stack([Configuration("none", 1.0, 0.1), Configuration("batch", 1.0, 0.2)], [7], data, task)
+    small, large = stack.input.weights_of_nets()[:, 0]
+    torch.testing.assert_close(large, 2 * small)
+
+
+def test_percentiles_are_of_the_last_sigmoids_inputs(data):
+    task = Task.of(data, CPU)
+    stack = create_stack([Configuration("batch", 0.5, 0.3)], [0], data, task)
+    last = list(train_stack(stack, task, [0], 20, [10]))[-1]
+    _, z = stack.evaluate(task.test_x.float())
+    want = np.quantile(z[:, 0, 0].numpy(), [0.15, 0.5, 0.85], axis=0, method="nearest").T
+    assert last.percentiles.shape == (1, 100, 3)
+    np.testing.assert_allclose(last.percentiles[0], want, rtol=1e-5, atol=1e-5)
+
+
+def test_divergence_is_dated_to_the_step(data):
+    configurations = [Configuration("none", 0.5, 0.1), Configuration("none", 1e38, 0.1)]
+    task = Task.of(data, CPU)
+    stack = create_stack(configurations, [0], data, task)
+    first = create_stack(configurations[1:], [0], data, task)
+    steps_alive = 0
+    order = BatchOrder(200, 20, 0)
+    while first.bias.isfinite().all():
+        rows = next(order)
+        first.step(task.x[rows][None].float(), task.one_hot[rows][None])
+        steps_alive += 1
+    last = list(train_stack(stack, task, [0], 20, [0, 5, 40]))[-1]
+    assert last.diverged.tolist() == [[0], [steps_alive]]
+    assert np.isnan(last.accuracy[1, 0])
+    assert np.isfinite(last.accuracy[0, 0])
+
+
+def test_held_out_images_neither_train_nor_come_from_the_test(data):
+    task = Task.of(data, CPU)
+    held = task.with_held_out(40)
+    assert len(held.x) == 160
+    torch.testing.assert_close(held.test_x, data.train_images[160:].flatten(1))
+    torch.testing.assert_close(held.test_y, task.y[160:])
+
+
+def test_step_seconds_measures_something(data):
+    task = Task.of(data, CPU)
+    stack = create_stack([Configuration("none", 0.5, 0.1)], [0], data, task)
+    assert 0 < step_seconds(stack, task, 20, count=5) < 1
