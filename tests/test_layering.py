@@ -33,9 +33,10 @@ RANKS = {
     "train": 7,
     "report": 7,
     "experiments": 8,
-    "cli": 9,
-    "__main__": 10,
-    "__init__": 10,
+    "_commands": 9,
+    "cli": 10,
+    "__main__": 11,
+    "__init__": 11,
 }
 
 # Extras that an installation may lack: imported where they are used, by anyone. A file `_<extra>_*.py` is written in

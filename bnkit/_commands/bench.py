@@ -1,0 +1,34 @@
+"""`bnkit bench`: run a file of the repository's `benchmarks/`."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .._checks import UserError
+
+app = typer.Typer(help="Measure speed, side by side with the alternatives.", no_args_is_help=True)
+
+
+@app.command()
+def compare(
+    rounds: Annotated[int, typer.Option(help="Rounds of 200 steps.")] = 15,
+    save: Annotated[bool, typer.Option("--save", help="Write benchmarks/results/compare.csv.")] = False,
+) -> None:
+    """Steps a second of `bnkit compare` against a plain PyTorch loop of the same two networks."""
+    _benchmark("bench_compare").main(rounds, save)
+
+
+def _benchmark(name: str) -> Any:
+    path = Path(__file__).parents[2] / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path) if path.exists() else None
+    if spec is None or spec.loader is None:
+        raise UserError("the benchmarks are not part of an installed bnkit: run this from a clone of its repository.")
+    sys.path.insert(0, str(path.parent))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

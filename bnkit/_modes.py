@@ -1,0 +1,58 @@
+"""Context managers that put a model back as it was, exceptions or not: training flags, buffers, hooks. They nest."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class RemovableHandle(Protocol):
+    """What registering a hook returns."""
+
+    def remove(self) -> None: ...
+
+
+@contextlib.contextmanager
+def training_flags_kept(model: nn.Module) -> Iterator[None]:
+    """Put `training` of the model and of every module in it back as it was."""
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        # Set and not called: train() of a frozen module would not do as it is told, and that of others does more.
+        for module, flag in flags:
+            module.training = flag
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """`model.eval()` for the time being."""
+    with training_flags_kept(model):
+        model.eval()
+        yield
+
+
+@contextlib.contextmanager
+def buffers_kept(buffers: nn.Module | Iterable[Tensor]) -> Iterator[None]:
+    """Put the values of a model's buffers, or of the tensors given, back as they were, in place."""
+    tensors = list(buffers.buffers() if isinstance(buffers, nn.Module) else buffers)
+    before = [tensor.detach().clone() for tensor in tensors]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, old in zip(tensors, before, strict=True):
+                tensor.copy_(old)
+
+
+@contextlib.contextmanager
+def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Remove the hooks of these handles in the end, also those that were registered before registering failed."""
+    with contextlib.ExitStack() as stack:
+        for handle in handles:
+            stack.callback(handle.remove)
+        yield
