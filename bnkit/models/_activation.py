@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import nn
 
-from .._checks import unknown
+from .._checks import UserError, unknown
+
+Activation = str | Callable[[], nn.Module]
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
@@ -17,12 +21,19 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
 }
 
 
-def activation_layer(name: str) -> nn.Module:
-    """The activation called `name`, out of place.
+def activation_layer(activation: Activation) -> nn.Module:
+    """The activation of that name, out of place, or what a function without arguments gives.
 
     Raises:
-        UserError: an unknown name.
+        UserError: an unknown name; a function that gives no module.
     """
-    if name not in _ACTIVATIONS:
-        raise unknown("activation", name, _ACTIVATIONS)
-    return _ACTIVATIONS[name]()
+    if callable(activation):
+        layer = activation()
+        if not isinstance(layer, nn.Module):
+            raise UserError(
+                f"activation must give a torch.nn.Module, got {type(layer).__name__}: pass a class like torch.nn.ELU."
+            )
+        return layer
+    if activation not in _ACTIVATIONS:
+        raise unknown("activation", str(activation), _ACTIVATIONS)
+    return _ACTIVATIONS[activation]()

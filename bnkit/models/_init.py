@@ -13,7 +13,8 @@ from .._checks import UserError, require, unknown
 
 Init = str | float
 Initializer = Callable[[torch.Tensor], torch.Tensor]
-_Layer = TypeVar("_Layer", nn.Linear, nn.Conv2d)
+_Layer = TypeVar("_Layer", nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
+_Size = int | tuple[int, int]
 
 
 def _gaussian(std: float) -> Initializer:
@@ -30,11 +31,17 @@ def _lecun(weight: torch.Tensor) -> torch.Tensor:
     return nn.init.uniform_(weight, -bound, bound)
 
 
+def _torch(weight: torch.Tensor) -> torch.Tensor:
+    bound = weight[0].numel() ** -0.5
+    return nn.init.uniform_(weight, -bound, bound)
+
+
 _INITS: dict[str, Initializer] = {
     "small-gaussian": _gaussian(0.01),
     "xavier": nn.init.xavier_uniform_,
     "kaiming": _kaiming,
     "lecun": _lecun,
+    "torch": _torch,
 }
 
 
@@ -50,6 +57,7 @@ def initializer(init: Init) -> Initializer:
             - `"kaiming"`: N(0, 2 / fan) (He et al. 2015, section 2.2), with the fan of the outputs in
               convolutions and of the inputs in linear layers.
             - `"lecun"`: U(-b, b), b = 2.4 / fan_in (LeCun et al. 1998, appendix A).
+            - `"torch"`: U(-b, b), b = 1 / √fan_in, as the layers of torch.nn draw their weights.
 
     Raises:
         UserError: an unknown name, or a scale that is not a positive number.
@@ -77,9 +85,39 @@ def linear(in_features: int, out_features: int, *, bias: bool, init: Init) -> nn
     return _filled(layer, init)
 
 
-def conv2d(in_channels: int, out_channels: int, kernel_size: int, *, padding: int, bias: bool, init: Init) -> nn.Conv2d:
-    """A 2-d convolution of stride 1 with weights drawn by `init` and zero biases; see `linear`."""
-    layer = nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, bias=bias, device="meta")
+def output_layer(in_features: int, num_classes: int, init: Init) -> nn.Linear:
+    """The linear layer that gives the logits.
+
+    `"kaiming"` presumes a ReLU behind the layer, which this one lacks: it then draws as `"torch"` does, which is also
+    what torchvision's networks do here.
+    """
+    return linear(in_features, num_classes, bias=True, init="torch" if init == "kaiming" else init)
+
+
+def conv2d(
+    in_channels: int,
+    out_channels: int,
+    kernel_size: _Size,
+    *,
+    stride: _Size = 1,
+    padding: _Size = 0,
+    dilation: _Size = 1,
+    groups: int = 1,
+    bias: bool,
+    init: Init,
+) -> nn.Conv2d:
+    """A 2-d convolution with weights drawn by `init` and zero biases; see `linear`."""
+    layer = nn.Conv2d(
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias=bias, device="meta"
+    )
+    return _filled(layer, init)
+
+
+def conv_transpose2d(
+    in_channels: int, out_channels: int, kernel_size: _Size, *, stride: _Size = 1, bias: bool, init: Init
+) -> nn.ConvTranspose2d:
+    """A 2-d transposed convolution with weights drawn by `init` and zero biases; see `linear`."""
+    layer = nn.ConvTranspose2d(in_channels, out_channels, kernel_size, stride, bias=bias, device="meta")
     return _filled(layer, init)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bnkit._checks import UserError
-from bnkit.models._init import conv2d, initializer, linear
+from bnkit.models._init import conv2d, conv_transpose2d, initializer, linear, output_layer
 
 
 def drawn(init: str | float, *shape: int) -> torch.Tensor:
@@ -22,6 +22,8 @@ def drawn(init: str | float, *shape: int) -> torch.Tensor:
         ("kaiming", (300, 400), (2 / 400) ** 0.5),
         ("kaiming", (64, 100, 3, 3), (2 / (64 * 9)) ** 0.5),
         ("lecun", (300, 400), 2.4 / 400 / 3**0.5),
+        ("torch", (300, 400), (1 / 400 / 3) ** 0.5),
+        ("torch", (64, 100, 3, 3), (1 / 900 / 3) ** 0.5),
         ("lecun", (64, 100, 3, 3), 2.4 / 900 / 3**0.5),
     ],
 )
@@ -46,6 +48,21 @@ def test_a_bias_is_zero_and_draws_nothing() -> None:
             assert (layer.bias is not None) is bias
             assert layer.bias is None or torch.equal(layer.bias, torch.zeros_like(layer.bias))
     assert torch.equal(*rests)
+
+
+def test_the_form_of_a_convolution() -> None:
+    layer = conv2d(4, 6, (1, 3), stride=(2, 1), padding=(0, 2), dilation=(1, 2), groups=2, bias=False, init="kaiming")
+    assert layer.weight.shape == (6, 2, 1, 3)
+    assert layer(torch.randn(1, 4, 8, 8)).shape == (1, 6, 4, 8)
+    layer = conv_transpose2d(4, 6, 2, stride=2, bias=True, init="xavier")
+    assert layer(torch.randn(1, 4, 8, 8)).shape == (1, 6, 16, 16)
+    assert layer.bias is not None
+    assert layer.bias.eq(0).all()
+
+
+def test_the_output_layer_is_not_drawn_for_a_relu() -> None:
+    assert output_layer(400, 300, "kaiming").weight.abs().max().item() == pytest.approx(1 / 20, rel=1e-3)
+    assert output_layer(400, 300, 0.3).weight.std().item() == pytest.approx(0.3, rel=0.02)
 
 
 def test_errors() -> None:

@@ -9,7 +9,7 @@ import bnkit.nn
 from bnkit import models
 from bnkit._checks import UserError
 from bnkit.models._activation import _ACTIVATIONS, activation_layer
-from bnkit.models._norm import norm_layers
+from bnkit.models._norm import Fused, has_bias, norm_add, norm_and_activation, norm_layer, norm_layers
 from bnkit.ops import ACTIVATIONS
 
 
@@ -52,7 +52,7 @@ def test_batch_norm_applies_the_activation_itself(dims: int, kind: type[nn.Modul
     norm, placeholder = norm_layers("batch", 4, dims=dims, activation="relu")
     assert type(norm) is kind
     assert norm.activation == "relu"
-    assert type(placeholder) is nn.Identity
+    assert type(placeholder) is Fused
 
 
 def test_a_function_makes_the_norm() -> None:
@@ -68,6 +68,59 @@ def test_the_names_are_those_that_batch_norm_fuses() -> None:
     for name in ACTIVATIONS:
         fused = bnkit.nn.BatchNorm1d(4, activation=name)
         torch.testing.assert_close(fused(x), activation_layer(name)(bnkit.nn.BatchNorm1d(4)(x)))
+
+
+def test_a_function_that_makes_a_layer_of_bnkit_gets_the_activation_too() -> None:
+    norm, placeholder = norm_layers(lambda n: bnkit.nn.BatchNorm2d(n, eps=0.5), 4, activation="tanh")
+    assert isinstance(norm, bnkit.nn.BatchNorm2d)
+    assert (norm.activation, type(placeholder)) == ("tanh", Fused)
+    norm, activation = norm_layers(lambda n: bnkit.nn.BatchNorm2d(n, activation="silu"), 4, activation="tanh")
+    assert (norm.activation, type(activation)) == ("silu", nn.Tanh)
+
+
+@pytest.mark.parametrize("kind", ["sync", "ghost", "frozen", "renorm"])
+@pytest.mark.parametrize("dims", [1, 2])
+def test_relatives_of_batch_norm_fuse_the_activation(kind: str, dims: int) -> None:
+    if not any(kind in name.lower() for name in dir(bnkit.nn)):
+        pytest.skip(f"bnkit.nn has no {kind}")
+    norm, placeholder = norm_layers(kind, 4, dims=dims, activation="relu")
+    assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
+    assert norm.activation == "relu"
+    assert type(placeholder) is Fused
+    assert nn.Sequential(norm, placeholder)(torch.randn(4, 4, *[3, 3][: 2 * (dims - 1)])).min() == 0
+
+
+def test_after_the_activation() -> None:
+    for norm in ("batch", "group", nn.BatchNorm2d):
+        activation, layer = norm_layers(norm, 6, activation="relu", placement="after")
+        assert type(activation) is nn.ReLU
+        torch.testing.assert_close(nn.Sequential(activation, layer)(MAPS), norm_layer(norm, 6)(MAPS.relu()))
+    assert [type(layer) for layer in norm_layers("none", 6, placement="after")] == [nn.ReLU]
+    with pytest.raises(UserError, match=r"unknown placement 'afterwards': did you mean after\?"):
+        norm_layers("batch", 6, placement="afterwards")
+
+
+def test_a_bias_is_needed_where_no_norm_follows_at_once() -> None:
+    assert [has_bias("none"), has_bias("batch"), has_bias("batch", "after")] == [True, False, True]
+
+
+@pytest.mark.parametrize("activation", ["relu", "tanh", nn.ELU])
+@pytest.mark.parametrize("norm", ["none", "batch", "group", "layer", "instance", nn.BatchNorm2d])
+def test_norm_add(norm: models.Norm, activation: str) -> None:
+    pair = norm_and_activation(norm, 6, activation=activation)
+    residual = torch.randn_like(MAPS)
+    expected = activation_layer(activation)(norm_layer(norm, 6)(MAPS) + residual)
+    torch.testing.assert_close(norm_add(*pair, MAPS, residual), expected)
+    expected = activation_layer(activation)(norm_layer(norm, 6)(MAPS))
+    torch.testing.assert_close(norm_add(*pair, MAPS, None), expected)
+
+
+def test_an_activation_that_is_a_function() -> None:
+    norm, activation = norm_layers("batch", 4, activation=lambda: nn.LeakyReLU(0.1))
+    assert norm.activation is None
+    assert isinstance(activation, nn.LeakyReLU)
+    with pytest.raises(UserError, match=r"activation must give a torch.nn.Module, got str"):
+        norm_layers("batch", 4, activation=lambda: "relu")  # pyright: ignore[reportArgumentType]
 
 
 def test_errors() -> None:
