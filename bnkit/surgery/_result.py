@@ -1,0 +1,91 @@
+"""What surgery returns: the model, what changed, what did not and why."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .._checks import UserError
+
+_Optimizer = TypeVar("_Optimizer", bound=Optimizer)
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class Surgery:
+    """The outcome of `insert`, `fold`, `fuse`, `convert` or `freeze`; its repr is the report.
+
+    Attributes:
+        model: the changed model: a copy, or with `inplace=True` the one given.
+        changed: what became of each module changed, by its name.
+        skipped: why each module was left alone, by its name.
+        max_error: largest difference from the original model's outputs on the example, relative to the largest
+            output; None where nothing was run.
+        heirs: the counterpart of each parameter of the model given, in `model` or dropped from it.
+    """
+
+    model: nn.Module
+    changed: dict[str, str]
+    skipped: dict[str, str]
+    max_error: float | None = None
+    heirs: Mapping[Tensor, nn.Parameter] = dataclasses.field(default_factory=dict)
+
+    def rebind(self, optimizer: _Optimizer) -> _Optimizer:
+        """Point an optimizer of the original model at the changed one, in place, and return it.
+
+        Surviving parameters keep their group and their state (momentum buffers, moments, step counts). Dropped ones
+        leave the optimizer. New ones that need a gradient join the group of the parameter before them in
+        `model.parameters()` that the optimizer knows, with no state yet. Parameters of other models stay.
+
+        Raises:
+            UserError: the optimizer holds none of the original model's parameters.
+        """
+        _check_knows(optimizer, self.heirs)
+        alive = set(self.model.parameters())
+        for group in optimizer.param_groups:
+            group["params"] = [p for old in group["params"] if (p := self._heir(old, alive)) is not None]
+        for old in [p for p in optimizer.state if p in self.heirs]:
+            state, new = optimizer.state.pop(old), self._heir(old, alive)
+            if new is not None:
+                optimizer.state[new] = state
+        self._add_new(optimizer)
+        return optimizer
+
+    def _heir(self, old: Any, alive: set[nn.Parameter]) -> nn.Parameter | None:
+        new = self.heirs.get(old, old)
+        return new if new in alive or old not in self.heirs else None
+
+    def _add_new(self, optimizer: Optimizer) -> None:
+        group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
+        known = set(self.heirs.values())
+        group: dict[str, Any] | None = None
+        waiting: list[nn.Parameter] = []
+        for parameter in self.model.parameters():
+            group = group_of.get(parameter, group)
+            if parameter not in known and parameter not in group_of and parameter.requires_grad:
+                waiting.append(parameter)
+            if group is not None:
+                group["params"] += waiting
+                waiting = []
+
+    def __repr__(self) -> str:
+        error = "" if self.max_error is None else f", max_error {self.max_error:.1e}"
+        lines = [f"Surgery: {len(self.changed)} changed, {len(self.skipped)} skipped{error}"]
+        for title, entries in (("changed", self.changed), ("skipped", self.skipped)):
+            rows = [(name or "(the model)", text) for name, text in entries.items()]
+            width = max((len(name) for name, _ in rows), default=0)
+            lines += [f"  {title}"] * bool(rows)
+            lines += [f"    {name:{width}}  {text}" for name, text in rows]
+        return "\n".join(lines)
+
+
+def _check_knows(optimizer: Optimizer, heirs: Mapping[Tensor, nn.Parameter]) -> None:
+    held = {p for group in optimizer.param_groups for p in group["params"]}
+    if not held & (set(heirs) | set(heirs.values())):
+        raise UserError(
+            "the optimizer must hold parameters of the model given to surgery, got one that holds none of them: "
+            "pass the optimizer made for that model."
+        )
