@@ -1,0 +1,122 @@
+"""Weights in files: safetensors or `torch.save` data, read without running any code that the file may hold."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._checks import UserError, require
+from ._files import written_aside
+
+_WRAPPERS = ("state_dict", "model", "model_state_dict", "net", "weights")
+_PREFIXES = ("module.", "_orig_mod.", "model.")
+_SHOWN = 5
+
+
+def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The `state_dict` in a file.
+
+    Taken out of what training programs wrap around it (`{"state_dict": ...}`, `{"model": ...}` and the like).
+
+    Args:
+        path: A `.safetensors` file, or one of `torch.save`, which is read with `weights_only=True`.
+
+    Raises:
+        UserError: no such file, a damaged one, a pickled module, or one with no tensors in it.
+    """
+    path = Path(path)
+    require(path.is_file(), f"there is no file {path}: name a checkpoint that exists.")
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    while isinstance(content, Mapping):
+        tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+        if tensors:
+            return tensors
+        content = next((content[name] for name in _WRAPPERS if name in content), None)
+    raise UserError(f"{path} holds no weights by name: save model.state_dict() and use that file.")
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is not a whole safetensors file ({error}): fetch or save it again.") from error
+
+
+def _read_torch(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # Damaged bytes make the unpickler raise whatever they happen to spell.
+        if "weights_only" in str(error).lower() and "unsupported" in str(error).lower():
+            raise UserError(
+                f"{path} is a pickle of more than weights, which could run any code when read: in a program that "
+                "you trust it in, load it and save model.state_dict(), and use that file."
+            ) from error
+        raise UserError(
+            f"{path} is not a whole checkpoint ({type(error).__name__}): fetch or save it again."
+        ) from error
+
+
+def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Load the `state_dict` in a file into `model`, all of it or nothing.
+
+    A prefix that all names share, such as `module.` of `DataParallel` or `_orig_mod.` of `torch.compile`, is removed
+    where the model's own names lack it. `num_batches_tracked`, which old files lack, may be missing.
+
+    Raises:
+        UserError: what `read_weights` raises it for, and names or shapes that don't fit.
+    """
+    own = model.state_dict()
+    state = _without_prefix(read_weights(path), own)
+    missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
+    extra = [name for name in state if name not in own]
+    other = [
+        f"{name} {tuple(state[name].shape)} for {tuple(value.shape)}"
+        for name, value in own.items()
+        if name in state and isinstance(value, Tensor) and state[name].shape != value.shape
+    ]
+    found = [("lacks", missing), ("has besides", extra), ("has in another shape", other)]
+    problems = "; ".join(f"{verb} {_some(names)}" for verb, names in found if names)
+    require(not problems, f"{path} does not fit the model, it {problems}: build the model that it was saved from.")
+    model.load_state_dict(state, strict=False)
+
+
+def _without_prefix(state: dict[str, Tensor], own: Mapping[str, Any]) -> dict[str, Tensor]:
+    changed = True
+    while changed:
+        changed = False
+        for prefix in _PREFIXES:
+            if all(name.startswith(prefix) for name in state) and not any(name.startswith(prefix) for name in own):
+                state = {name.removeprefix(prefix): value for name, value in state.items()}
+                changed = True
+    return state
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:_SHOWN])
+    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"
+
+
+def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write the model's `state_dict`, whole or not at all: as safetensors if `path` ends so, else by `torch.save`.
+
+    Raises:
+        UserError: the folder can't be written.
+    """
+    with written_aside(path) as temporary:
+        if Path(path).suffix == ".safetensors":
+            from safetensors.torch import save_file
+
+            # Tensors that share memory are written once each: the format has no aliases.
+            save_file(
+                {name: t.detach().cpu().contiguous().clone() for name, t in model.state_dict().items()}, temporary
+            )
+        else:
+            torch.save(model.state_dict(), temporary)

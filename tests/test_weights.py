@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from bnkit._checks import UserError
+from bnkit._weights import load_weights, read_weights, save_weights
+
+
+def net(width: int = 4) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(3, width), nn.BatchNorm1d(width))
+
+
+def assert_same(a: nn.Module, b: nn.Module):
+    for (name, left), (other, right) in zip(a.state_dict().items(), b.state_dict().items(), strict=True):
+        assert name == other
+        assert torch.equal(left, right), name
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt", "pth"])
+def test_round_trip(tmp_path: Path, suffix: str):
+    model, path = net(), tmp_path / "deep" / f"w.{suffix}"
+    model(torch.randn(5, 3))
+    save_weights(model, path)
+    other = net()
+    load_weights(other, path)
+    assert_same(model, other)
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_tied_weights_are_saved(tmp_path: Path):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    save_weights(model, tmp_path / "w.safetensors")
+    assert set(read_weights(tmp_path / "w.safetensors")) == {"0.weight", "0.bias", "1.weight", "1.bias"}
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: {"state_dict": state, "epoch": 3},
+        lambda state: {"model": {"model_state_dict": state}},
+        lambda state: {f"module.{name}": value for name, value in state.items()},
+        lambda state: {f"_orig_mod.module.{name}": value for name, value in state.items()},
+        lambda state: {name: value for name, value in state.items() if "num_batches" not in name},
+    ],
+    ids=["state_dict", "model", "module", "compiled", "old"],
+)
+def test_what_training_programs_write(tmp_path: Path, wrap):
+    model, other = net(), net()
+    torch.save(wrap(model.state_dict()), tmp_path / "w.pt")
+    load_weights(other, tmp_path / "w.pt")
+    assert_same(model, other)
+
+
+def test_a_prefix_that_the_model_has_stays(tmp_path: Path):
+    class Holder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = net()
+
+    model, other = Holder(), Holder()
+    save_weights(model, tmp_path / "w.pt")
+    load_weights(other, tmp_path / "w.pt")
+    assert_same(model, other)
+
+
+def test_a_pickled_module_is_refused(tmp_path: Path):
+    torch.save(net(), tmp_path / "w.pt")
+    with pytest.raises(UserError, match=r"could run any code .* save model\.state_dict\(\)"):
+        read_weights(tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+@pytest.mark.parametrize("keep", [0, 10, 200])
+def test_truncated_files_are_named(tmp_path: Path, suffix: str, keep: int):
+    path = tmp_path / f"w.{suffix}"
+    save_weights(net(), path)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(UserError, match=rf"w\.{suffix} is not a whole .*: fetch or save it again"):
+        read_weights(path)
+
+
+def test_files_without_weights(tmp_path: Path):
+    with pytest.raises(UserError, match="there is no file"):
+        read_weights(tmp_path / "w.pt")
+    torch.save({"state_dict": {"epoch": 3}}, tmp_path / "w.pt")
+    with pytest.raises(UserError, match="holds no weights by name"):
+        read_weights(tmp_path / "w.pt")
+
+
+def test_mismatches_are_named_and_nothing_is_loaded(tmp_path: Path):
+    torch.save({**net(5).state_dict(), "more": torch.zeros(1)}, tmp_path / "w.pt")
+    model = net()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(UserError, match=r"has besides more; has in another shape 0\.weight \(5, 3\) for \(4, 3\)"):
+        load_weights(model, tmp_path / "w.pt")
+    save_weights(nn.Linear(2, 2), tmp_path / "v.pt")
+    with pytest.raises(UserError, match=r"lacks 0\.weight, 0\.bias, .* and 1 more; has besides weight, bias"):
+        load_weights(model, tmp_path / "v.pt")
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
