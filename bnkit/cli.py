@@ -11,7 +11,7 @@ import typer
 
 from ._allocator import tune_allocator
 from ._checks import UserError
-from ._commands import bench, compare
+from ._commands import bench, compare, models
 
 app = typer.Typer(
     help="Batch normalization for PyTorch, end to end.",
@@ -20,6 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(compare.compare)
+app.command()(models.models)
 app.add_typer(bench.app, name="bench")
 
 
