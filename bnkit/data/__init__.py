@@ -1,7 +1,8 @@
-"""Labelled image sets, whole in memory, and the order to visit them in."""
+"""Labelled image sets, whole in memory, the order to visit them in, and random changes of them."""
 
+from ._augment import Augmentation
 from ._image_set import ImageSet
 from ._load import load, names
 from ._order import BatchOrder
 
-__all__ = ["BatchOrder", "ImageSet", "load", "names"]
+__all__ = ["Augmentation", "BatchOrder", "ImageSet", "load", "names"]
