@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from .._checks import UserError
@@ -31,7 +31,7 @@ class Surgery:
     changed: dict[str, str]
     skipped: dict[str, str]
     max_error: float | None = None
-    heirs: Mapping[Tensor, nn.Parameter] = dataclasses.field(default_factory=dict)
+    heirs: Mapping[Any, nn.Parameter] = dataclasses.field(default_factory=dict)
 
     def rebind(self, optimizer: _Optimizer) -> _Optimizer:
         """Point an optimizer of the original model at the changed one, in place, and return it.
@@ -82,7 +82,7 @@ class Surgery:
         return "\n".join(lines)
 
 
-def _check_knows(optimizer: Optimizer, heirs: Mapping[Tensor, nn.Parameter]) -> None:
+def _check_knows(optimizer: Optimizer, heirs: Mapping[Any, nn.Parameter]) -> None:
     held = {p for group in optimizer.param_groups for p in group["params"]}
     if not held & (set(heirs) | set(heirs.values())):
         raise UserError(
