@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..data import ImageSet
+from ..data import Augmentation, ImageSet
+from ._config import FitConfig
 from ._devices import Devices
 
 
@@ -16,19 +17,21 @@ class Batches:
 
     Args:
         data: The images.
-        normalize: `"unit"` for x / 255; `"channel"` for (x / 255 - mean) / std by the training images' channels, where
-            a constant channel is left at zero.
+        config: `normalize` is `"unit"` for x / 255, or `"channel"` for (x / 255 - mean) / std by the training images'
+            channels, where a constant channel is left at zero; `augment` changes training images; `channels_last`.
         devices: Where, and which share of each training batch.
     """
 
-    def __init__(self, data: ImageSet, normalize: str, devices: Devices) -> None:
+    def __init__(self, data: ImageSet, config: FitConfig, devices: Devices) -> None:
+        self._augment = Augmentation.parse(config.augment)
+        self._format = torch.channels_last if config.channels_last else torch.contiguous_format
         self._devices = devices
         to = devices.device
         self._train = data.train_images.to(to), data.train_labels.to(to)
         self._test = data.test_images.to(to), data.test_labels.to(to)
         self._scale: Tensor | float = 1 / 255
         self._shift: Tensor | None = None
-        if normalize == "channel":
+        if config.normalize == "channel":
             mean, std = (moment.double().view(1, -1, 1, 1) for moment in (data.mean, data.std))
             std = torch.where(std > 0, std, 1.0)
             self._scale = (1 / (255 * std)).to(devices.dtype).to(to)
@@ -38,7 +41,7 @@ class Batches:
         """This process's share of the training batch at `index`: images (n, C, H, W) and labels (n,)."""
         index = index[self._devices.rank :: self._devices.world].to(self._devices.device)
         images, labels = self._train
-        return self._normalized(images.index_select(0, index)), labels.index_select(0, index)
+        return self._normalized(self._augment(images.index_select(0, index))), labels.index_select(0, index)
 
     def test(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The test images and labels in order."""
@@ -47,5 +50,5 @@ class Batches:
             yield self._normalized(part), targets
 
     def _normalized(self, images: Tensor) -> Tensor:
-        values = images.to(self._devices.dtype).mul_(self._scale)
+        values = images.to(self._devices.dtype, memory_format=self._format).mul_(self._scale)
         return values if self._shift is None else values.sub_(self._shift)

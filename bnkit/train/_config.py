@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from .._checks import UserError, require, unknown
+from ..data import Augmentation
 
-SCHEDULES = ("constant", "cosine")
+SCHEDULES = ("constant", "cosine", "step")
 NORMALIZATIONS = ("channel", "unit")
 PRECISIONS = ("32-true", "64-true", "bf16-mixed")
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -25,8 +26,14 @@ class FitConfig:
         lr: Learning rate, after the warm-up and before any decay.
         momentum: Of SGD, in [0, 1).
         weight_decay: L2 penalty on weights; norms' parameters and biases are spared (see `parameter_groups`).
-        schedule: `"constant"`, or `"cosine"` down to zero at the last step (Loshchilov and Hutter 2017).
+        nesterov: Nesterov's momentum, as `torch.optim.SGD` has it.
+        schedule: `"constant"`; `"cosine"` down to zero at the last step (Loshchilov and Hutter 2017); or `"step"`, a
+            tenth after half of the steps and a hundredth after three quarters (He et al. 2015, "Deep Residual
+            Learning", section 4.2).
         warmup_steps: Steps over which the rate first grows linearly to `lr` (Goyal et al. 2017, section 2.2).
+        label_smoothing: Part of each label's probability that is spread over all classes (Szegedy et al. 2016, section
+            7), in training only, in [0, 1).
+        augment: Changes of the training images, such as `"crop=4,flip"`; see `bnkit.data.Augmentation`.
         seed: Of the order of the batches and of what the model draws while it trains; not of its initial weights.
         eval_every: Steps between evaluations.
         eval_batch_size: Images a forward pass of an evaluation.
@@ -34,6 +41,7 @@ class FitConfig:
         normalize: `"unit"` scales pixels to [0, 1]; `"channel"` then also takes the training images' mean and
             standard deviation to 0 and 1, channel by channel.
         precision: `"32-true"`, `"64-true"` (one device only), or `"bf16-mixed"` (autocast).
+        channels_last: Keep images and convolutions' weights with the channel innermost in memory.
         device: `"auto"` (CUDA, else Apple's GPU, else CPU), `"cpu"`, `"cuda"` or `"mps"`.
         devices: Processes that train together, each on its own device and its own share of every batch, by
             `DistributedDataParallel`. More than one are started with `torchrun --nproc-per-node`.
@@ -47,14 +55,18 @@ class FitConfig:
     lr: float = 0.1
     momentum: float = 0.0
     weight_decay: float = 0.0
+    nesterov: bool = False
     schedule: str = "constant"
     warmup_steps: int = 0
+    label_smoothing: float = 0.0
+    augment: str = "none"
     seed: int = 0
     eval_every: int = 250
     eval_batch_size: int = 1000
     checkpoint_every: int | None = None
     normalize: str = "channel"
     precision: str = "32-true"
+    channels_last: bool = False
     device: str = "auto"
     devices: int = 1
 
@@ -67,10 +79,9 @@ class FitConfig:
             _is_finite(self.lr) and self.lr > 0,
             f"lr must be a positive number, got {self.lr!r}: try 0.1.",
         )
-        require(
-            _is_finite(self.momentum) and 0 <= self.momentum < 1,
-            f"momentum must be in [0, 1), got {self.momentum!r}: try 0.9.",
-        )
+        for name, usual in (("momentum", 0.9), ("label_smoothing", 0.1)):
+            value = getattr(self, name)
+            require(_is_finite(value) and 0 <= value < 1, f"{name} must be in [0, 1), got {value!r}: try {usual}.")
         require(
             _is_finite(self.weight_decay) and self.weight_decay >= 0,
             f"weight_decay must be zero or positive, got {self.weight_decay!r}: try 1e-4.",
@@ -83,9 +94,14 @@ class FitConfig:
         ):
             if getattr(self, name) not in choices:
                 raise unknown(name, str(getattr(self, name)), choices)
+        Augmentation.parse(self.augment)
         self._check_relations()
 
     def _check_relations(self) -> None:
+        require(
+            self.momentum > 0 or not self.nesterov,
+            f"Nesterov's momentum needs one, got momentum={self.momentum}: try 0.9.",
+        )
         require(
             self.warmup_steps <= self.steps,
             f"the warm-up must end within the run, got warmup_steps={self.warmup_steps} of steps={self.steps}: "

@@ -80,6 +80,8 @@ def place(model: nn.Module, config: FitConfig) -> Devices:
     """
     device = _device(config.device)
     dtype = torch.float64 if config.precision == "64-true" else torch.float32
+    if config.channels_last:
+        model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     if config.devices > 1 or config.precision == "bf16-mixed":
         return _through_fabric(model, config, device, dtype)
     model.to(device=device, dtype=dtype)

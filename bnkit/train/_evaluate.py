@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from .._checks import require
+from .._modes import evaluating
 from ..data import ImageSet
 from ._batches import Batches
 from ._config import FitConfig
@@ -31,7 +29,7 @@ def evaluate(model: nn.Module, data: ImageSet, config: FitConfig) -> tuple[float
         UserError: the model has too few outputs, or the device is not there.
     """
     devices = place(model, config)
-    return evaluate_placed(model, Batches(data, config.normalize, devices), devices, data.num_classes, config)
+    return evaluate_placed(model, Batches(data, config, devices), devices, data.num_classes, config)
 
 
 def evaluate_placed(
@@ -39,7 +37,7 @@ def evaluate_placed(
 ) -> tuple[float, float]:
     """As `evaluate`, with model and data on their device already."""
     loss, correct, count = 0.0, 0, 0
-    with torch.inference_mode(), _evaluation_mode(model):
+    with torch.inference_mode(), evaluating(model):
         for images, labels in batches.test(config.eval_batch_size):
             with devices.autocast():
                 logits = model(images)
@@ -53,15 +51,3 @@ def evaluate_placed(
             correct += int((logits.argmax(1) == labels).sum())
             count += len(labels)
     return loss / count, correct / count
-
-
-@contextlib.contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """`model.eval()` for a while; each module then gets its own mode back, as frozen parts have one of their own."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

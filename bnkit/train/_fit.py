@@ -109,7 +109,7 @@ def _advance(run: Run) -> float:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step)
             images, labels = run.batches.training(next(run.order))
-            loss = F.cross_entropy(run.devices.forward(images), labels)
+            loss = F.cross_entropy(run.devices.forward(images), labels, label_smoothing=config.label_smoothing)
             optimizer.zero_grad()
             run.devices.backward(loss)
             optimizer.step()

@@ -39,14 +39,18 @@ def start(model: nn.Module, data: ImageSet, config: FitConfig) -> Run:
     devices = place(model, config)
     # Of SGD's implementations the fused one is the fastest, with few small parameters as with many large ones.
     optimizer = torch.optim.SGD(
-        parameter_groups(model, config.weight_decay), lr=config.lr, momentum=config.momentum, fused=True
+        parameter_groups(model, config.weight_decay),
+        lr=config.lr,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        fused=True,
     )
     return Run(
         model=model,
         data=data,
         config=config,
         devices=devices,
-        batches=Batches(data, config.normalize, devices),
+        batches=Batches(data, config, devices),
         optimizer=optimizer,
         order=order,
         random=RandomState(config.seed + devices.rank, devices.device),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +28,11 @@ CONFIG = FitConfig(
 )
 
 
+def smoothed_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, smoothing: float) -> torch.Tensor:
+    target = (1 - smoothing) * F.one_hot(labels, logits.shape[1]).to(logits) + smoothing / logits.shape[1]
+    return -(target * logits.log_softmax(1)).sum(1).mean()
+
+
 def by_hand(net: nn.Module, config: FitConfig) -> list[float]:
     """The loop that `fit` stands for, with the update written out; returns the losses."""
     data, order = toy_set(), BatchOrder(300, config.batch_size, config.seed)
@@ -35,20 +41,27 @@ def by_hand(net: nn.Module, config: FitConfig) -> list[float]:
     losses = []
     for step in range(config.steps):
         index = next(order)
-        loss = F.cross_entropy(net(data.train_images[index].double() / 255), data.train_labels[index])
+        logits = net(data.train_images[index].double() / 255)
+        loss = smoothed_cross_entropy(logits, data.train_labels[index], config.label_smoothing)
         gradients = torch.autograd.grad(loss, list(net.parameters()))
         losses.append(loss.item())
         with torch.no_grad():
             for (name, parameter), gradient in zip(net.named_parameters(), gradients, strict=True):
                 decay = config.weight_decay if name in ("0.weight", "4.weight") else 0.0
-                velocity[name].mul_(config.momentum).add_(gradient + decay * parameter)
-                parameter.sub_(learning_rate(config, step) * velocity[name])
+                gradient = gradient + decay * parameter
+                velocity[name].mul_(config.momentum).add_(gradient)
+                ahead = gradient + config.momentum * velocity[name] if config.nesterov else velocity[name]
+                parameter.sub_(learning_rate(config, step) * ahead)
     return losses
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_weights_and_losses_are_those_of_the_loop_by_hand(momentum: float) -> None:
-    config = dataclasses.replace(CONFIG, precision="64-true", momentum=momentum)
+@pytest.mark.parametrize(
+    "changes",
+    [{"momentum": 0.0}, {}, {"nesterov": True, "label_smoothing": 0.1}, {"channels_last": True, "schedule": "step"}],
+    ids=["plain", "momentum", "nesterov", "channels_last"],
+)
+def test_weights_and_losses_are_those_of_the_loop_by_hand(changes: dict[str, Any]) -> None:
+    config = dataclasses.replace(CONFIG, precision="64-true", **changes)
     ours, theirs = toy_net(dropout=0.0).eval(), toy_net(dropout=0.0)
     history, losses = fit(ours, toy_set(), config), by_hand(theirs, config)
     for key, value in theirs.state_dict().items():

@@ -30,3 +30,8 @@ def test_cosine_is_torch_s(warmup: int) -> None:
         optimizer.step()
         schedule.step()
     assert rates(config)[warmup:] == pytest.approx(expected, rel=1e-9)
+
+
+def test_steps_come_at_half_and_at_three_quarters() -> None:
+    config = FitConfig(steps=8, lr=0.4, schedule="step", warmup_steps=2)
+    assert rates(config) == pytest.approx([0.2, 0.4, 0.4, 0.4, 0.04, 0.04, 0.004, 0.004])
