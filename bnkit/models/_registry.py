@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -17,24 +17,27 @@ from ._norm import Norm
 class _Variant:
     family: Callable[..., nn.Module]
     fixed: dict[str, object]
+    defaults: dict[str, object] = field(default_factory=dict)
 
     def options(self) -> dict[str, object]:
         parameters = inspect.signature(self.family).parameters.values()
-        own = {p.name: p.default for p in parameters if p.default is not p.empty}
+        own = {p.name: p.default for p in parameters if p.default is not p.empty} | self.defaults
         return {name: default for name, default in own.items() if name not in self.fixed}
 
 
 _VARIANTS: dict[str, _Variant] = {}
 
 
-def register(name: str, family: Callable[..., nn.Module], **fixed: object) -> None:
+def register(
+    name: str, family: Callable[..., nn.Module], *, defaults: dict[str, object] | None = None, **fixed: object
+) -> None:
     """Make `create(name)` call `family(norm=, num_classes=, in_channels=, **fixed, **options)`.
 
-    The parameters of `family` that have a default, less those in `fixed`, are the options of the model. Every family
-    has the option `image_size`, the side of its square inputs.
+    The parameters of `family` that have a default, less those in `fixed`, are the options of the model; `defaults`
+    are this variant's own. Every family has the option `image_size`, the side of its square inputs.
     """
     assert name not in _VARIANTS, name
-    variant = _Variant(family, fixed)
+    variant = _Variant(family, fixed, defaults or {})
     assert "image_size" in variant.options(), name
     _VARIANTS[name] = variant
 
@@ -46,8 +49,8 @@ def create(
 
     Args:
         name: One of `list()`.
-        norm: `"none"`, `"batch"`, `"group"`, `"layer"`, `"instance"`, or a function from the number of channels to
-            a module that normalizes them.
+        norm: `"none"`, `"batch"`, `"sync"`, `"ghost"`, `"frozen"`, `"renorm"`, `"group"`, `"layer"`, `"instance"`,
+            or a function from the number of channels to a module that normalizes them.
         num_classes: Length of the output, (N, num_classes) logits.
         in_channels: Channels of the input (N, in_channels, H, W).
         **options: The model's own, see `options(name)`; `image_size` is one of all models.
@@ -64,7 +67,8 @@ def create(
         require(
             isinstance(count, int) and count > 0, f"{what} must be a positive integer, got {count!r}: pass 1 or more."
         )
-    return variant.family(norm=norm, num_classes=num_classes, in_channels=in_channels, **variant.fixed, **options)
+    given = variant.fixed | variant.defaults | options
+    return variant.family(norm=norm, num_classes=num_classes, in_channels=in_channels, **given)
 
 
 def list_models(pattern: str = "*") -> list[str]:
