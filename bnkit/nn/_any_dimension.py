@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from torch import Tensor
 
@@ -22,3 +22,8 @@ class AnyDimension(BatchNorm):
 
     def _check_input_dim(self, input: Tensor) -> None:
         """Nothing: `bnkit.functional.batch_norm` checks the shape."""
+
+    def _recorded(self, input: Any, *arguments: Any, **keywords: Any) -> Any:
+        """The call as torch.fx records it, `input` being its proxy."""
+        tracer = input.tracer
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), (input, *arguments), keywords)
