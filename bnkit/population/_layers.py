@@ -1,0 +1,86 @@
+"""Which batch norms of a model keep statistics that can be measured, and which don't and why."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import UninitializedBuffer
+
+from .._checks import UserError
+from ..nn import FrozenBatchNorm, FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
+
+_FROZEN = (FrozenBatchNorm, FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself inside `torch.compile`'s wrapper and those that spread it over devices.
+
+    Their forward passes do more than the model's: DistributedDataParallel's synchronizes buffers, so a rank with more
+    batches than another would wait for ever.
+    """
+    while True:
+        if isinstance(model, torch._dynamo.OptimizedModule):
+            model = model._orig_mod
+        elif isinstance(model, (DataParallel, DistributedDataParallel)):
+            model = model.module
+        else:
+            return model
+
+
+def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
+    """Every batch norm of `model` by its (first) name, those of torch.nn, of this package and subclasses of them."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+
+
+def statistics_of(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """The layer's running mean and variance."""
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
+    return layer.running_mean, layer.running_var
+
+
+def tracked(layer: _BatchNorm) -> int:
+    """How many batches went into the layer's statistics; 0 where it does not count."""
+    return 0 if layer.num_batches_tracked is None else int(layer.num_batches_tracked)
+
+
+def measurable(model: nn.Module) -> tuple[dict[str, _BatchNorm], dict[str, str]]:
+    """The batch norms to measure, and the reason to leave each of the others alone.
+
+    A batch norm in eval mode is frozen if the model is in training mode, or another batch norm is. In a model that is
+    in eval mode throughout, none is frozen for that.
+
+    Raises:
+        UserError: statistics of less than 32 bits, or not made yet.
+    """
+    layers = batch_norms(model)
+    some_train = model.training or any(layer.training for layer in layers.values())
+    reasons = {name: _reason_to_leave(layer, some_train) for name, layer in layers.items()}
+    chosen = {name: layer for name, layer in layers.items() if reasons[name] is None}
+    _check_precision(chosen)
+    return chosen, {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+def _reason_to_leave(layer: _BatchNorm, some_train: bool) -> str | None:
+    if isinstance(layer, _FROZEN):
+        return f"frozen: a {type(layer).__name__}"
+    if layer.running_mean is None or layer.running_var is None:
+        return "keeps no running statistics"
+    if some_train and not layer.training:
+        return "frozen: in eval mode while others train"
+    return None
+
+
+def _check_precision(layers: dict[str, _BatchNorm]) -> None:
+    for name, layer in layers.items():
+        if any(isinstance(buffer, UninitializedBuffer) for buffer in statistics_of(layer)):
+            raise UserError(f"{name or 'the model'} has no statistics yet: run the model once, then measure.")
+        for buffer in statistics_of(layer):
+            if torch.finfo(buffer.dtype).bits < 32:
+                raise UserError(
+                    f"running statistics must be float32 or float64, those of {name or 'the model'} are "
+                    f"{str(buffer.dtype).removeprefix('torch.')}: call .float() on the batch norms "
+                    "(the model's other layers may stay as they are under autocast), or model.float()."
+                )
