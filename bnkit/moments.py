@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 
 import torch
@@ -110,15 +109,33 @@ class Moments:
         Args:
             group: process group; the default group if None.
         """
-        values = torch.stack([self.mean.double() + self.mean_error, self.m2.double()]).detach()
-        count = torch.as_tensor(self.count, dtype=torch.float64, device=values.device)
-        mine = torch.cat([count.reshape(1), values.flatten()])
-        gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(gathered, mine, group=group)
-        parts = [Moments(part[0], *part[1:].view_as(values)) for part in gathered]
-        return functools.reduce(Moments.merge, parts)._rounded_to(self.mean.dtype)
+        mine = packed(self.count, self.mean.double() + self.mean_error, self.m2).detach()
+        gathered = mine.new_empty(dist.get_world_size(group), *mine.shape)
+        dist.all_gather(list(gathered), mine, group=group)
+        count, mean, m2 = merged(gathered)
+        rounded = mean.to(self.mean.dtype)
+        shape, dtype = self.mean.shape, self.mean.dtype
+        return Moments(count, rounded.view(shape), m2.to(dtype).view(shape), (mean - rounded).to(dtype).view(shape))
 
-    def _rounded_to(self, dtype: torch.dtype) -> Moments:
-        exact = self.mean + self.mean_error
-        mean = exact.to(dtype)
-        return Moments(self.count, mean, self.m2.to(dtype), (exact - mean).to(dtype))
+
+def packed(count: int | Tensor, mean: Tensor, m2: Tensor) -> Tensor:
+    """Count, mean and m2 as one float64 vector (1 + 2 C), to send."""
+    head = torch.as_tensor(count, dtype=torch.float64, device=mean.device)
+    return torch.cat([head.reshape(1), mean.double().flatten(), m2.double().flatten()])
+
+
+def merged(parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Count, mean (C,) and m2 (C,), in float64, of all the moments in `parts`, (R, 1 + 2 C), one `packed` a row.
+
+    All at once rather than pair by pair, since R may be in the thousands: with δᵣ = meanᵣ - mean of the largest part,
+
+        n = Σ nᵣ,   mean = mean of the largest + Σ nᵣ δᵣ / n,   m2 = Σ m2ᵣ + Σ nᵣ (meanᵣ - mean)²
+    """
+    counts, (means, m2s) = parts[:, :1], parts[:, 1:].chunk(2, dim=1)
+    count = counts.sum()
+    share = counts / count.clamp(min=1)
+    # By index_select: an index that is a tensor, so that no device is waited for.
+    base = means.index_select(0, counts.argmax(0))
+    shift = (share * (means - base)).sum(0)
+    m2 = (m2s + counts * (means - base - shift).square()).sum(0)
+    return count, base[0] + shift, m2
