@@ -11,7 +11,7 @@ import typer
 
 from ._allocator import tune_allocator
 from ._checks import UserError
-from ._commands import bench, compare, models
+from ._commands import bench, compare, evaluate, models, train
 
 app = typer.Typer(
     help="Batch normalization for PyTorch, end to end.",
@@ -20,6 +20,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(compare.compare)
+app.command()(train.train)
+app.command()(evaluate.evaluate)
 app.command()(models.models)
 app.add_typer(bench.app, name="bench")
 

@@ -1,10 +1,11 @@
 """Training: settings, the loop, evaluation, checkpoints, optimizer groups."""
 
 from ._config import FitConfig
-from ._evaluate import evaluate
+from ._evaluate import evaluate, probabilities
 from ._fit import Diverged, fit, iterate
 from ._groups import parameter_groups
 from ._history import Evaluation, History
+from ._recipe import fast_precision
 from ._schedule import learning_rate
 
 __all__ = [
@@ -13,8 +14,10 @@ __all__ = [
     "FitConfig",
     "History",
     "evaluate",
+    "fast_precision",
     "fit",
     "iterate",
     "learning_rate",
     "parameter_groups",
+    "probabilities",
 ]

@@ -7,9 +7,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .._checks import require
 from ..data import Augmentation, ImageSet
 from ._config import FitConfig
 from ._devices import Devices
+
+_IMAGENET_MEAN = (0.485, 0.456, 0.406)
+_IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class Batches:
@@ -18,7 +22,8 @@ class Batches:
     Args:
         data: The images.
         config: `normalize` is `"unit"` for x / 255, or `"channel"` for (x / 255 - mean) / std by the training images'
-            channels, where a constant channel is left at zero; `augment` changes training images; `channels_last`.
+            channels, where a constant channel is left at zero, or `"imagenet"` by ImageNet's; `augment` changes
+            training images; `channels_last`.
         devices: Where, and which share of each training batch.
     """
 
@@ -31,8 +36,8 @@ class Batches:
         self._test = data.test_images.to(to), data.test_labels.to(to)
         self._scale: Tensor | float = 1 / 255
         self._shift: Tensor | None = None
-        if config.normalize == "channel":
-            mean, std = (moment.double().view(1, -1, 1, 1) for moment in (data.mean, data.std))
+        if config.normalize != "unit":
+            mean, std = (moment.double().view(1, -1, 1, 1) for moment in _moments(data, config.normalize))
             std = torch.where(std > 0, std, 1.0)
             self._scale = (1 / (255 * std)).to(devices.dtype).to(to)
             self._shift = (mean / std).to(devices.dtype).to(to)
@@ -52,3 +57,11 @@ class Batches:
     def _normalized(self, images: Tensor) -> Tensor:
         values = images.to(self._devices.dtype, memory_format=self._format).mul_(self._scale)
         return values if self._shift is None else values.sub_(self._shift)
+
+
+def _moments(data: ImageSet, normalize: str) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation by channel, of values from 0 to 1."""
+    if normalize == "channel":
+        return data.mean, data.std
+    require(data.shape[0] == 3, f"normalize='imagenet' is for 3 channels, got {data.shape[0]}: choose 'channel'.")
+    return torch.tensor(_IMAGENET_MEAN), torch.tensor(_IMAGENET_STD)

@@ -11,7 +11,7 @@ from .._checks import UserError, require, unknown
 from ..data import Augmentation
 
 SCHEDULES = ("constant", "cosine", "step")
-NORMALIZATIONS = ("channel", "unit")
+NORMALIZATIONS = ("channel", "unit", "imagenet")
 PRECISIONS = ("32-true", "64-true", "bf16-mixed")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
@@ -39,7 +39,8 @@ class FitConfig:
         eval_batch_size: Images a forward pass of an evaluation.
         checkpoint_every: Steps between checkpoints, a multiple of `eval_every`; by default at each evaluation.
         normalize: `"unit"` scales pixels to [0, 1]; `"channel"` then also takes the training images' mean and
-            standard deviation to 0 and 1, channel by channel.
+            standard deviation to 0 and 1, channel by channel; `"imagenet"` takes ImageNet's instead of their own, as
+            pretrained weights expect.
         precision: `"32-true"`, `"64-true"` (one device only), or `"bf16-mixed"` (autocast).
         channels_last: Keep images and convolutions' weights with the channel innermost in memory.
         device: `"auto"` (CUDA, else Apple's GPU, else CPU), `"cpu"`, `"cuda"` or `"mps"`.

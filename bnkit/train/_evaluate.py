@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._checks import require
@@ -32,13 +34,40 @@ def evaluate(model: nn.Module, data: ImageSet, config: FitConfig) -> tuple[float
     return evaluate_placed(model, Batches(data, config, devices), devices, data.num_classes, config)
 
 
+def probabilities(model: nn.Module, data: ImageSet, config: FitConfig) -> Tensor:
+    """Each test image's probability of each class: the softmax of the logits, in evaluation mode.
+
+    The mean of several models' is their ensemble (Ioffe and Szegedy 2015, section 4.2.3).
+
+    Args, raises: as `evaluate`.
+
+    Returns:
+        (N, outputs), float32 on the CPU.
+    """
+    devices = place(model, config)
+    batches = Batches(data, config, devices)
+    parts = _logits(model, batches, devices, data.num_classes, config.eval_batch_size)
+    return torch.cat([logits.softmax(1).float().cpu() for logits, _ in parts])
+
+
 def evaluate_placed(
     model: nn.Module, batches: Batches, devices: Devices, num_classes: int, config: FitConfig
 ) -> tuple[float, float]:
     """As `evaluate`, with model and data on their device already."""
     loss, correct, count = 0.0, 0, 0
+    for logits, labels in _logits(model, batches, devices, num_classes, config.eval_batch_size):
+        loss += F.cross_entropy(logits, labels, reduction="sum").item()
+        correct += int((logits.argmax(1) == labels).sum())
+        count += len(labels)
+    return loss / count, correct / count
+
+
+def _logits(
+    model: nn.Module, batches: Batches, devices: Devices, num_classes: int, batch_size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits and labels of the test images, batch by batch."""
     with torch.inference_mode(), evaluating(model):
-        for images, labels in batches.test(config.eval_batch_size):
+        for images, labels in batches.test(batch_size):
             with devices.autocast():
                 logits = model(images)
             require(
@@ -46,8 +75,4 @@ def evaluate_placed(
                 f"the model must give one logit for each of {num_classes} classes, got outputs of shape "
                 f"{tuple(logits.shape)}: build it with num_classes={num_classes}.",
             )
-            logits = logits.to(devices.dtype)
-            loss += F.cross_entropy(logits, labels, reduction="sum").item()
-            correct += int((logits.argmax(1) == labels).sum())
-            count += len(labels)
-    return loss / count, correct / count
+            yield logits.to(devices.dtype), labels

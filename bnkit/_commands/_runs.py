@@ -1,0 +1,50 @@
+"""A training run's folder: what it was told, in `run.json`, beside what came of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .._checks import UserError, require
+from ._models import load_model
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..data import ImageSet
+
+RUN, CHECKPOINT, WEIGHTS = "run.json", "checkpoint.pt", "weights.safetensors"
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """What `run.json` in a folder holds.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    path = folder / RUN
+    require(path.is_file(), f"there is no run in {folder}: name a folder that `bnkit train` wrote.")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): name another run.") from error
+
+
+def build_model(recipe: dict[str, Any], images: ImageSet) -> nn.Module:
+    """The model of a recipe, with as many classes and channels as the images have where it is one of bnkit's."""
+    from .. import models
+
+    name, options = recipe["model"], list(recipe["options"])
+    if ":" not in name or name.startswith("bnkit:"):
+        taken = {option.partition("=")[0] for option in options}
+        channels, side, _ = images.shape
+        given = {"num_classes": images.num_classes, "in_channels": channels, "norm": recipe["norm"]}
+        if "image_size" in models.options(name.removeprefix("bnkit:")):
+            given["image_size"] = side
+        options += [f"{key}={value}" for key, value in given.items() if value is not None and key not in taken]
+    else:
+        require(
+            recipe["norm"] is None, f"--norm is for bnkit's models, got {name}: leave it out, or convert the model."
+        )
+    return load_model(name, options)
