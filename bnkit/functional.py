@@ -25,6 +25,7 @@ def batch_norm(
     *,
     activation: str | None = None,
     residual: Tensor | None = None,
+    inplace: bool = False,
 ) -> Tensor:
     """Normalize each channel of a batch, add a residual, apply an activation.
 
@@ -46,12 +47,22 @@ def batch_norm(
         training: normalize with the batch's statistics, and update the running ones.
         momentum: weight of the new batch in the running statistics (PyTorch's convention).
         eps: added to the variance; positive (in inference it may be 0).
-        activation: None, "relu", "leaky_relu" (slope 0.01), "silu", "gelu" (exact), "hardswish", "sigmoid" or "tanh".
+        activation: None, "relu", "leaky_relu" (slope 0.01), "elu", "silu", "gelu" (exact), "hardswish", "sigmoid" or
+            "tanh".
         residual: of the shape of x, added before the activation.
+        inplace: keep y for the backward pass instead of x, and rebuild x̂ = (activation⁻¹(y) - bias) / weight from it,
+            as In-Place ABN does (Rota Bulò et al., 2018, https://arxiv.org/abs/1712.02616). x is not written to: what
+            is saved is that nothing keeps it alive, where the next layer keeps y anyway. For the activations None,
+            "leaky_relu" and "elu", without a residual, to be differentiated once. Gradients are those of
+            `inplace=False` up to rounding in the type of y, which `bias` large against `weight` magnifies, and "elu"
+            where y is close to -1. Where less than half the digits of x̂ would be left, |weight| ≤ √ulp · |bias| in
+            any channel (as with a weight of 0), x is kept for that call after all; on a GPU the host waits for that
+            answer. Compiled graphs choose themselves what to keep; there it has no effect.
 
     Raises:
         ValueError: one value a channel in training, eps out of range, unknown activation, only one of running_mean and
-            running_var, x or residual of the wrong shape.
+            running_var, x or residual of the wrong shape, `inplace` with a residual or with an activation that cannot
+            be undone, one running statistic for many batches under `vmap`.
         RuntimeError: running statistics missing in inference, or a per-channel argument of the wrong size.
         NotImplementedError: x is not floating point.
     """
@@ -70,12 +81,17 @@ def batch_norm(
             eps=eps,
             activation=activation,
             residual=residual,
+            inplace=inplace,
         )
     _check_tensors(x, running_mean, running_var, weight, bias, residual, training)
     _check_values(x, training, eps, activation)
+    if inplace:
+        check_inplace(activation, residual)
     if x.dim() < 2:  # empty, which torch lets pass
         return x.clone()
-    return ops.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual)
+    return ops.batch_norm(
+        x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual, inplace
+    )
 
 
 def _check_tensors(
@@ -126,3 +142,14 @@ def _check_values(x: Tensor, training: bool, eps: float, activation: str | None)
         raise UserError(f"batch_norm eps must be non-negative, but got {eps}; the usual value is 1e-5.")
     if activation is not None and activation not in ops.ACTIVATIONS:
         raise unknown("activation", activation, ops.ACTIVATIONS)
+
+
+def check_inplace(activation: str | None, residual: object = None) -> None:
+    """Refuse what `inplace=True` cannot undo."""
+    if activation not in ops.INVERTIBLE:
+        choices = ", ".join(repr(name) for name in ops.INVERTIBLE)
+        raise UserError(f"inplace=True needs an activation that can be undone, one of {choices}; got {activation!r}.")
+    if residual is not None:
+        raise UserError(
+            "inplace=True cannot be combined with a residual, which would have to be kept: use inplace=False."
+        )

@@ -13,6 +13,7 @@ Activation = str | Callable[[], nn.Module]
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
     "leaky_relu": nn.LeakyReLU,
+    "elu": nn.ELU,
     "silu": nn.SiLU,
     "gelu": nn.GELU,
     "hardswish": nn.Hardswish,

@@ -55,14 +55,18 @@ class BatchNorm(_BatchNorm):
         bias: bool = True,
         activation: str | None = None,
         skip_nonfinite: bool = False,
+        inplace: bool = False,
     ) -> None:
         if activation is not None and activation not in ACTIVATIONS:
             raise unknown("activation", activation, ACTIVATIONS)
+        if inplace:
+            functional.check_inplace(activation)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         if not bias:
             self.register_parameter("bias", None)
         self.activation = activation
         self.skip_nonfinite = skip_nonfinite
+        self.inplace = inplace
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """activation(batch_norm(input) + residual), of the input's shape.
@@ -119,6 +123,7 @@ class BatchNorm(_BatchNorm):
             self.eps,
             activation=self.activation,
             residual=residual,
+            inplace=self.inplace,
         )
 
     def _recorded_by_fx(self, input: Any, residual: Any) -> Any:
@@ -131,7 +136,9 @@ class BatchNorm(_BatchNorm):
         text = super().extra_repr()
         if self.activation is not None:
             text += f", activation={self.activation}"
-        return text + ", skip_nonfinite=True" if self.skip_nonfinite else text
+        if self.skip_nonfinite:
+            text += ", skip_nonfinite=True"
+        return text + ", inplace=True" if self.inplace else text
 
 
 class BatchNorm1d(BatchNorm, torch.nn.BatchNorm1d):
@@ -160,12 +167,16 @@ class BatchNorm2d(BatchNorm, torch.nn.BatchNorm2d):
         track_running_stats: keep running statistics; without, `eval()` uses the batch's too.
         device, dtype: of parameters and buffers.
         bias: with `affine`, learn the bias.
-        activation: None, "relu", "leaky_relu" (slope 0.01), "silu", "gelu" (exact), "hardswish", "sigmoid" or "tanh".
+        activation: None, "relu", "leaky_relu" (slope 0.01), "elu", "silu", "gelu" (exact), "hardswish", "sigmoid" or
+            "tanh".
         skip_nonfinite: keep a batch with NaN or infinite statistics, as an overflow in mixed precision makes, out of
             the running statistics and their count. Statistics that are already not finite stay as they are.
+        inplace: keep the output for the backward pass instead of the input, with an activation that can be undone
+            (None, "leaky_relu", "elu") and no residual: see `bnkit.functional.batch_norm`.
 
     Raises:
-        ValueError: unknown activation, or what `bnkit.functional.batch_norm` raises it for.
+        ValueError: unknown activation, `inplace` with one that cannot be undone, or what
+            `bnkit.functional.batch_norm` raises it for.
     """
 
 

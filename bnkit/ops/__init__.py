@@ -1,6 +1,8 @@
 """Batch normalization, one contract and several backends."""
 
+from . import operators
+from ._inplace import INVERTIBLE
 from .dispatch import batch_norm
 from .reference import ACTIVATIONS
 
-__all__ = ["ACTIVATIONS", "batch_norm"]
+__all__ = ["ACTIVATIONS", "INVERTIBLE", "batch_norm", "operators"]

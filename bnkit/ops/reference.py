@@ -16,6 +16,7 @@ from ..moments import Moments, statistics_dtype
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "leaky_relu": F.leaky_relu,
+    "elu": F.elu,
     "silu": F.silu,
     "gelu": F.gelu,
     "hardswish": F.hardswish,
@@ -37,19 +38,30 @@ def batch_norm(
     residual: Tensor | None,
 ) -> Tensor:
     """`functional.batch_norm` on arguments already validated."""
-    if training:
-        moments = Moments.of(x, (0, *range(2, x.dim())))
-        if moments.count and running_mean is not None and running_var is not None:
-            update_running_statistics(running_mean, running_var, moments, momentum)
-        # No values have no variance; 0 keeps the gradients of weight and bias at 0 rather than NaN.
-        var = moments.variance() if moments.count else moments.m2
-        mean, mean_error = moments.mean, moments.mean_error
-    else:
+    mean, invstd, mean_error = statistics(x, running_mean, running_var, training, momentum, eps)
+    return normalize(x, mean, invstd, weight, bias, activation, residual, mean_error)
+
+
+def statistics(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float | Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """mean, invstd and mean_error to `normalize` with. In training, the running statistics are updated."""
+    if not training:
         assert running_mean is not None
         assert running_var is not None
         dtype = statistics_dtype(x.dtype)
-        mean, var, mean_error = running_mean.detach().to(dtype), running_var.detach().to(dtype), None
-    return normalize(x, mean, torch.rsqrt(var + eps), weight, bias, activation, residual, mean_error)
+        return running_mean.detach().to(dtype), torch.rsqrt(running_var.detach().to(dtype) + eps), None
+    moments = Moments.of(x, (0, *range(2, x.dim())))
+    if moments.count and running_mean is not None and running_var is not None:
+        update_running_statistics(running_mean, running_var, moments, momentum)
+    # No values have no variance; 0 keeps the gradients of weight and bias at 0 rather than NaN.
+    var = moments.variance() if moments.count else moments.m2
+    return moments.mean, torch.rsqrt(var + eps), moments.mean_error
 
 
 def normalize(

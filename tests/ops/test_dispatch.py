@@ -207,7 +207,7 @@ def test_the_reference_serves_what_no_backend_takes(formulas, change):
     assert formulas.calls == []
 
 
-def test_the_reference_serves_transforms_and_compilation(formulas):
+def test_the_reference_serves_transforms(formulas):
     x, mean, var = torch.randn(5, 4, 3), torch.zeros(3), torch.ones(3)
 
     def function(x):
@@ -218,7 +218,6 @@ def test_the_reference_serves_transforms_and_compilation(formulas):
     torch.func.jvp(function, (x[0],), (x[1],))
     with forward_ad.dual_level():
         function(forward_ad.make_dual(x[0], x[1]))
-    torch.compile(function, backend="eager", fullgraph=True)(x[0])
     assert formulas.calls == []
     function(x[0])
     assert formulas.calls == ["forward"]

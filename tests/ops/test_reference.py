@@ -15,6 +15,7 @@ def test_activations_are_torchs_defaults(name):
     expected = {
         "relu": torch.nn.ReLU(),
         "leaky_relu": torch.nn.LeakyReLU(0.01),
+        "elu": torch.nn.ELU(),
         "silu": torch.nn.SiLU(),
         "gelu": torch.nn.GELU(approximate="none"),
         "hardswish": torch.nn.Hardswish(),

@@ -1,0 +1,184 @@
+"""Batch norm as operators of `torch.ops.bnkit`, which `torch.compile` and dispatch modes see.
+
+`batch_norm` is what a compiled graph calls. It is resolved while the graph is made, into plain PyTorch where no
+backend takes the call, and else into `batch_norm_forward` and `batch_norm_backward`, a backend's two passes. These two
+have the arguments of `Backend`; they return no input, and of the gradients only those that are needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+
+from . import dispatch
+from ._backend import Backend, Gradients
+
+_INPUTS = """(Tensor x, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor? weight, Tensor? bias,
+    bool training, float momentum, float eps, str? activation, Tensor? residual)"""
+_GRADIENT_INPUTS = """(Tensor dy, Tensor x, Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias,
+    bool training, str? activation, Tensor? residual, bool[4] needs)"""
+_INVSTD = {"cpu": torch.float64, "cuda": torch.float32}
+"""The type of a backend's invstd; its mean is float64."""
+_PLAIN = dispatch.PLAIN | {FakeTensor, FunctionalTensor}
+
+_library = torch.library.Library("bnkit", "DEF")
+# The results lie in memory as x does, whatever that is, so the compiler may choose its layout.
+_FOLLOWS_ITS_INPUT = (torch.Tag.flexible_layout,)
+_library.define(f"batch_norm{_INPUTS} -> Tensor")
+_library.define(f"batch_norm_forward{_INPUTS} -> (Tensor y, Tensor mean, Tensor invstd)", tags=_FOLLOWS_ITS_INPUT)
+_library.define(f"batch_norm_backward{_GRADIENT_INPUTS} -> Tensor[]", tags=_FOLLOWS_ITS_INPUT)
+
+
+def _batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    activation: str | None,
+    residual: Tensor | None,
+) -> Tensor:
+    arguments = (x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual)
+    tensors = (x, running_mean, running_var, weight, bias, residual)
+    plain = {type(t) for t in tensors} <= _PLAIN
+    backend = dispatch.first_to_support(x, tensors[1:5], residual) if plain else None
+    return dispatch.serve(None if backend is None else _Operators, *arguments)
+
+
+def _batch_norm_forward(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    activation: str | None,
+    residual: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    backend = _backend_for(x, (running_mean, running_var, weight, bias), residual)
+    x = _laid_out(x)
+    results = backend.forward(x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual)
+    dispatch.count_version(training, running_mean, running_var)
+    return results
+
+
+def _batch_norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    activation: str | None,
+    residual: Tensor | None,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    backend = _backend_for(x, (weight, bias), residual)
+    needed = (needs[0], needs[1], needs[2], needs[3])
+    found = backend.backward(dy, _laid_out(x), mean, invstd, weight, bias, training, activation, residual, needed)
+    return [gradient for gradient in found if gradient is not None]
+
+
+def _fake_forward(x: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    y = torch.empty_like(_laid_out(x))
+    mean = x.new_empty(x.shape[1], dtype=torch.float64)
+    return y, mean, torch.empty_like(mean, dtype=_INVSTD[x.device.type])
+
+
+def _fake_backward(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    activation: str | None,
+    residual: Tensor | None,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    x = _laid_out(x)
+    likes = zip((x, x, weight, bias), needs, strict=True)
+    return [torch.empty_like(like) for like, needed in likes if needed and like is not None]
+
+
+_library.impl("batch_norm", _batch_norm, "CompositeImplicitAutograd")
+_library.impl("batch_norm_forward", _batch_norm_forward, "CompositeExplicitAutograd")
+_library.impl("batch_norm_backward", _batch_norm_backward, "CompositeExplicitAutograd")
+torch.library.register_fake("bnkit::batch_norm_forward", _fake_forward, lib=_library)
+torch.library.register_fake("bnkit::batch_norm_backward", _fake_backward, lib=_library)
+
+
+def _backend_for(x: Tensor, parameters: Sequence[Tensor | None], residual: Tensor | None) -> Backend:
+    backend = dispatch.first_to_support(x, parameters, residual)
+    if backend is None:
+        raise NotImplementedError(
+            f"no kernel of bnkit takes a {x.dtype} tensor on {x.device} with these arguments: "
+            "call bnkit.functional.batch_norm, which falls back to PyTorch's operators."
+        )
+    return backend
+
+
+def _laid_out(x: Tensor) -> Tensor:
+    """x with strides that every backend keeps in its results: itself, if the channel is innermost or next to it."""
+    if x.is_contiguous() or x.movedim(1, -1).is_contiguous():
+        return x
+    return x.movedim(1, -1).contiguous().movedim(-1, 1) if x.stride(1) == 1 else x.contiguous()
+
+
+class _Operators:
+    """The operators, as a backend."""
+
+    @staticmethod
+    def supports(x: Tensor, parameters: Sequence[Tensor | None], residual: Tensor | None) -> bool:
+        return dispatch.first_to_support(x, parameters, residual) is not None
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        training: bool,
+        momentum: float,
+        eps: float,
+        activation: str | None,
+        residual: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.bnkit.batch_norm_forward(
+            x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual
+        )
+
+    @staticmethod
+    def backward(
+        dy: Tensor,
+        x: Tensor,
+        mean: Tensor,
+        invstd: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        training: bool,
+        activation: str | None,
+        residual: Tensor | None,
+        needs: tuple[bool, bool, bool, bool],
+    ) -> Gradients:
+        passed_on = needs[1] and activation is None
+        asked = [needs[0], needs[1] and not passed_on, needs[2], needs[3]]
+        found = iter(
+            torch.ops.bnkit.batch_norm_backward(
+                dy, x, mean, invstd, weight, bias, training, activation, residual, asked
+            )
+        )
+        dx, dresidual, dweight, dbias = (next(found) if needed else None for needed in asked)
+        return dx, dy if passed_on else dresidual, dweight, dbias
