@@ -71,6 +71,9 @@ class DomainBatchNorm(AnyDimension):
             "try 2, or ('clean', 'adversarial').",
         )
         super().__init__(num_features, eps, momentum, affine and shared_affine, False, device, dtype, **options)
+        # The properties below take the place of these; torch.export miscounts buffers that are None.
+        for name in (*_STATISTICS, *(() if shared_affine else ("weight", "bias"))):
+            del (self._buffers if name in self._buffers else self._parameters)[name]
         self.affine = affine
         self.track_running_stats = track_running_stats
         self.domains = names

@@ -128,9 +128,9 @@ class GhostBatchNorm(AnyDimension):
         if self.momentum is None:
             running.copy_((1 - momentum) * running + momentum * ghosts.mean(0))
             return
-        later = torch.arange(len(ghosts) - 1, -1, -1, device=ghosts.device, dtype=ghosts.dtype)
-        weights = momentum * (1 - momentum) ** later
-        running.copy_((1 - momentum) ** len(ghosts) * running + weights @ ghosts)
+        later = torch.arange(len(ghosts) - 1, -1, -1, device=ghosts.device, dtype=ghosts.dtype).unsqueeze(1)
+        batch = (momentum * (1 - momentum) ** later * ghosts).sum(0)  # no matrix product, which autocast would round
+        running.copy_((1 - momentum) ** len(ghosts) * running + batch)
 
     def extra_repr(self) -> str:
         """torch.nn's, and the options that differ from it."""

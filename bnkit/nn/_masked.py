@@ -59,6 +59,7 @@ class MaskedBatchNorm(AnyDimension):
             return self._recorded(input, mask, residual)
         if mask is None:
             return super().forward(input, residual)
+        self._check_input_dim(input)
         mask = _expanded(mask, input)
         # Masked on the way in too: a gradient of 0 times an infinity would be NaN.
         data = torch.where(mask, input, 0)

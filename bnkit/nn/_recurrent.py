@@ -92,11 +92,13 @@ class RecurrentBatchNorm(AnyDimension):
             return self._recorded(input, step, residual)
         if step is not None:
             require(step >= 0, f"time steps count from 0, got {step}: pass the step since the sequence began.")
+            self._check_input_dim(input)
             step = min(step, self.max_length - 1)
             return self._normalize_steps(input, residual, slice(step, step + 1))
         require(
-            input.dim() == 3,
-            f"without a step the input is a sequence of shape (N, T, C), got {tuple(input.shape)}: pass step=.",
+            input.dim() == 3 and input.shape[2] == self.num_features,
+            f"expected a sequence of shape (N, T, {self.num_features}) without a step, got {tuple(input.shape)}: "
+            "pass step= for a single step.",
         )
         return self._normalize_sequence(input, residual)
 

@@ -113,7 +113,7 @@ class BatchRenorm(AnyDimension):
     def _correction(self, input: Tensor, *, recomputing: bool) -> tuple[Tensor, Tensor]:
         batch = Moments.of(input, (0, *range(2, input.dim())))
         if recomputing:
-            for mean, r, d in self._corrections:
+            for mean, r, d in reversed(self._corrections):
                 if torch.equal(mean, batch.mean):
                     return r, d
         r, d = self._correction_of(batch)
