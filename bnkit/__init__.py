@@ -1,15 +1,17 @@
 """Batch normalization for PyTorch, end to end."""
 
-from . import data, experiments, functional, models, moments, nn, population, report, train
+from . import data, experiments, functional, models, moments, nn, population, report, surgery, train
 from ._allocator import tune_allocator
 from ._checks import UserError
 from .population import adapt, recalibrate
+from .surgery import fold
 
 __all__ = [
     "UserError",
     "adapt",
     "data",
     "experiments",
+    "fold",
     "functional",
     "models",
     "moments",
@@ -17,6 +19,7 @@ __all__ = [
     "population",
     "recalibrate",
     "report",
+    "surgery",
     "train",
     "tune_allocator",
 ]

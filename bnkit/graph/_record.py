@@ -29,6 +29,7 @@ class Record:
         calls: the runs of its modules, in the order they began.
         operators: the functions that ran on tensors, in order.
         output: what the model returned.
+        held: its parameters and buffers, by their first names.
         names: every name of each module; two for one registered twice.
         tied: the names of parameters and buffers that share memory with one of another name, and of that one.
     """
@@ -36,6 +37,7 @@ class Record:
     calls: list[Call]
     operators: list[Operator]
     output: Any
+    held: dict[str, Value]
     names: dict[nn.Module, list[str]]
     tied: dict[str, str]
 
@@ -61,7 +63,7 @@ def record(model: nn.Module, example: Any, forward: Forward | None = None) -> Re
     with _undisturbed(model), hooked(_watching(tape, names)), seen_below_python(tape), seen_in_python(tape):
         output = apply(model, example, forward)
     tape.finish(output)
-    return Record(tape.calls, tape.operators, output, dict(names), _tied(model))
+    return Record(tape.calls, tape.operators, output, tape.held, dict(names), _tied(model))
 
 
 @contextlib.contextmanager

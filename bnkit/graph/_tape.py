@@ -7,7 +7,6 @@ import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,12 +17,13 @@ from ._facts import Call, Operator, Value
 from ._tensors import tensors_in
 
 # Functions that return no tensor and don't read the content of the one they are given.
-_METADATA = frozenset(
-    "size dim ndimension numel nelement stride storage_offset is_contiguous is_floating_point is_complex is_signed "
-    "element_size get_device type len hash is_inference has_names is_same_size is_neg is_conj is_coalesced data_ptr "
-    "is_pinned is_shared is_set_to dim_order result_type can_cast promote_types get_default_dtype requires_grad_ "
-    "register_hook retain_grad repr format".split()
-)
+_METADATA = frozenset({
+    "size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "is_contiguous", "is_floating_point",
+    "is_complex", "is_signed", "element_size", "get_device", "type", "len", "hash", "is_inference", "has_names",
+    "is_same_size", "is_neg", "is_conj", "is_coalesced", "data_ptr", "is_pinned", "is_shared", "is_set_to", "dim_order",
+    "result_type", "can_cast", "promote_types", "get_default_dtype", "requires_grad_", "register_hook", "retain_grad",
+    "repr", "format",
+})  # fmt: skip
 
 
 class Tape:
@@ -31,6 +31,7 @@ class Tape:
 
     Attributes:
         calls, operators: in the order they began.
+        held: the model's parameters and buffers.
         quiet: whether what runs now is part of an operation that is being written down.
     """
 
@@ -40,8 +41,10 @@ class Tape:
         self.quiet = False
         self._stack: list[Call] = []
         self._values: Any = WeakTensorKeyDictionary()  # tensor -> (value, the tensor's version)
+        self.held: dict[str, Value] = {}
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            self._hold(tensor, Value(tensor.shape, tensor.dtype, name=name))
+            self.held[name] = Value(tensor.shape, tensor.dtype, name=name)
+            self._hold(tensor, self.held[name])
 
     def begin(self, module: nn.Module, name: str, args: Any, kwargs: Any) -> None:
         """A module starts."""

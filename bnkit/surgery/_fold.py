@@ -1,0 +1,186 @@
+"""Fold: absorb batch normalizations, as they are in eval mode, into neighbouring convolutions and linear layers."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from .._checks import require
+from .._modes import evaluating
+from ..graph import Call, Forward, Record, record
+from ._fold_plan import Planner, affine_of_call
+from ._norms import affine_of, is_batch_norm, is_known, remainder_of, uses_running_statistics
+from ._operation import Operation, copied
+from ._remainder import AddAndActivate, ChannelAffine
+from ._result import Surgery
+from ._verify import check, largest_error, relative_error, run_in_eval, tolerance_for
+from ._weighted import Refused, has_hooks
+from ._where import Where, selector
+
+
+def fold(
+    model: nn.Module,
+    example: Any,
+    *,
+    data: Iterable[Any] | None = None,
+    where: Where | None = None,
+    padding: Literal["refuse", "exact"] = "refuse",
+    rest: Literal["keep", "affine"] = "keep",
+    tolerance: float | None = None,
+    inplace: bool = False,
+    forward: Forward | None = None,
+) -> Surgery:
+    """Absorb batch normalizations into the layers before or after them, for inference.
+
+        y = s·(W x + b) + t = (s W) x + (s b + t),   s = γ/√(running_var + ε),   t = β - running_mean·s
+        y = W(s x + t) + b  = (W s) x + (b + W t)
+
+    The model runs once on `example`, which tells what feeds what. Each batch norm goes into what made its input: a
+    convolution of any dimension, transposed or grouped, a linear layer, another batch norm, each part of a
+    concatenation or sum; or else into all convolutions and linear layers that read its output. In its place stands
+    an `nn.Identity`, or what else it did: its activation, its addition of a residual. Other keys of the `state_dict`
+    stay; layers without a bias get one. The arithmetic is done in float64 and stored in the weight's type.
+
+    What is folded is the model in eval mode, whatever mode it is in, and the result is in eval mode. Left alone, with
+    the reason in `skipped`: a batch norm or layer that runs more than once, whose weight is shared, computed
+    (weight norm) or watched by hooks; an input that something else reads too; batch statistics; a linear layer
+    whose features lie in another dimension than the batch norm's channels; and where zero padding would make it
+    inexact at the border. Only what `example` reaches is seen: of a model with control flow, fold what all paths share.
+
+    Args:
+        model: Any network.
+        example: An input: a tensor, a tuple of positional arguments, a dict of keyword arguments, or a batch.
+        data: Batches on which to verify the result as well.
+        where: Which batch norms: names, shell patterns, types, or a predicate `(name, module) -> bool`; all if None.
+        padding: Before a convolution that pads with zeros, `"refuse"` to fold, or `"exact"`: pad with the value that
+            the batch norm would have made zero, in the batch norm's place.
+        rest: What becomes of a batch norm that can't be folded: `"keep"` it, or make it `"affine"`, one
+            multiplication and one addition a channel.
+        tolerance: Largest relative difference of outputs; None for 1e-4 in float32, 1e-9 in float64, 1e-2 in float16,
+            5e-2 in bfloat16.
+        inplace: Change `model` itself instead of a copy.
+        forward: `forward(model, example)` runs the model in another way.
+
+    Returns:
+        The folded model in `.model`, what was folded into what in `.changed`.
+
+    Raises:
+        UserError: outputs differ by more than the tolerance, an unknown option, or a model that can't be copied. Then
+            nothing was changed.
+    """
+    require(padding in ("refuse", "exact"), f"padding must be 'refuse' or 'exact', got {padding!r}: choose one.")
+    require(rest in ("keep", "affine"), f"rest must be 'keep' or 'affine', got {rest!r}: choose one.")
+    selects = selector(where, (name for name, _ in model.named_modules())) if where is not None else None
+    original = copied(model) if inplace and data is not None else model
+    with Operation(model, inplace=inplace) as operation:
+        with evaluating(operation.model):
+            facts = record(operation.model, example, forward)
+        wanted = {m: n for m, (n, *_) in facts.names.items() if is_batch_norm(m) and (not selects or selects(n, m))}
+        changed, skipped = _fold_all(operation, facts, wanted, padding == "exact", rest == "affine")
+        error = relative_error(run_in_eval(operation.model, example, forward), facts.output)
+        if data is not None:
+            error = max(error, largest_error(operation.model, original, data, forward))
+        check(error, tolerance_for(facts.output, tolerance), "fold")
+        operation.model.eval()
+        return operation.result(changed, skipped, error)
+
+
+def _fold_all(
+    operation: Operation, facts: Record, wanted: dict[nn.Module, str], pad: bool, affine: bool
+) -> tuple[dict[str, str], dict[str, str]]:
+    changed, skipped = {}, {}
+    eligible: dict[nn.Module, Call] = {}
+    for module, name in wanted.items():
+        try:
+            eligible[module] = _only_call(module, facts)
+        except Refused as refusal:
+            skipped[name] = str(refusal)
+    planner = Planner(facts, eligible, set(), pad)
+    order = {call: index for index, call in enumerate(facts.calls)}
+    for module, call in sorted(eligible.items(), key=lambda item: order[item[1]]):
+        try:
+            changed[wanted[module]] = _fold_one(operation, planner, call)
+        except Refused as refusal:
+            skipped[wanted[module]] = str(refusal)
+    if affine:
+        for module, name in wanted.items():
+            if name in skipped and module in eligible:
+                _make_affine(operation, eligible[module])
+                changed[name] = f"made affine: {skipped.pop(name)}"
+    return changed, skipped
+
+
+def _only_call(module: nn.Module, facts: Record) -> Call:
+    """The one run of a batch norm that computes what we think it does.
+
+    Raises:
+        Refused: it doesn't.
+    """
+    calls = facts.calls_of(module)
+    if len(calls) != 1:
+        raise Refused(f"it runs {len(calls)} times" if calls else "it did not run on the example")
+    call = calls[0]
+    if not uses_running_statistics(module, call.training):
+        raise Refused("it normalizes by the batch's statistics in eval mode too")
+    if not is_known(module):
+        raise Refused(f"{type(module).__name__} has a forward of its own")
+    if has_hooks(module):
+        raise Refused("it has hooks, which would be lost")
+    if len(call.outputs) != 1 or call.outputs[0] in call.inputs or len(call.inputs[0].shape) < 2:
+        raise Refused("it is called in an unusual way")
+    _check_own_tensors(module, call, facts)
+    return call
+
+
+def _check_own_tensors(module: nn.Module, call: Call, facts: Record) -> None:
+    name = facts.names[module][0]
+    for key in (*module._parameters, *module._buffers):
+        full = f"{name}.{key}" if name else key
+        if full in facts.tied:
+            raise Refused(f"its {key} shares memory with {facts.tied[full]}")
+        if full in facts.held and not all(map(call.contains, facts.held[full].readers)):
+            raise Refused(f"its {key} is used outside of it too")
+
+
+def _fold_one(operation: Operation, planner: Planner, call: Call) -> str:
+    module, affine = call.module, affine_of_call(call)
+    remainder = remainder_of(module, adds=len(call.inputs) > 1)
+    try:
+        steps = planner.into_makers(call.inputs[0], affine, call)
+    except Refused as refusal:
+        if not isinstance(remainder, nn.Identity):
+            raise
+        try:
+            steps = planner.into_readers(call.outputs[0], affine, call)
+        except Refused as second:
+            raise Refused(f"{refusal}; and {second}") from None
+    for step in steps:
+        step.apply(operation)
+    targets = [step.target for step in steps if step.target != "padding"]
+    if len(targets) == len(steps):
+        _put(operation, module, remainder)
+        if isinstance(remainder, nn.Identity):
+            planner.folded.add(module)
+        return f"folded into {', '.join(targets)}"
+    return f"folded into {', '.join(targets)}, which pads here"
+
+
+def _put(operation: Operation, old: nn.Module, new: nn.Module) -> None:
+    new.train(old.training)
+    operation.swap(old, new)
+
+
+def _make_affine(operation: Operation, call: Call) -> None:
+    scale, shift = affine_of(call.module)
+    mean: Tensor = call.module.running_mean  # pyright: ignore[reportAssignmentType]
+    affine = ChannelAffine(scale.to(mean.dtype), shift.to(mean.dtype))
+    remainder = remainder_of(call.module, adds=len(call.inputs) > 1)
+    if isinstance(remainder, AddAndActivate):
+        affine.activation = remainder.activation
+    elif not isinstance(remainder, nn.Identity):
+        _put(operation, call.module, nn.Sequential(OrderedDict([("affine", affine), *remainder.named_children()])))
+        return
+    _put(operation, call.module, affine)

@@ -1,0 +1,87 @@
+"""How far one model's outputs are from another's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._checks import UserError
+from .._modes import buffers_kept, evaluating
+from ..graph import Forward, apply, tensors_in
+
+_TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+def run_in_eval(model: nn.Module, example: Any, forward: Forward | None) -> Any:
+    """The model's output in eval mode, without gradients; random numbers as from the state they are in now."""
+    with evaluating(model), buffers_kept(model), torch.no_grad(), torch.random.fork_rng():
+        return apply(model, example, forward)
+
+
+def relative_error(found: Any, expected: Any) -> float:
+    """The largest difference between two outputs, relative to the largest value of each tensor in `expected`.
+
+    Infinite where structure, shapes, or the places of values that are not finite differ.
+    """
+    pairs = list(zip_longest_tensors(found, expected))
+    return max((_relative_error(a, b) for a, b in pairs), default=0.0)
+
+
+def zip_longest_tensors(found: Any, expected: Any) -> Iterator[tuple[Tensor | None, Tensor | None]]:
+    """The tensors of two outputs, pair by pair; None where one has fewer."""
+    first, second = list(tensors_in(found)), list(tensors_in(expected))
+    for index in range(max(len(first), len(second))):
+        yield (first[index] if index < len(first) else None, second[index] if index < len(second) else None)
+
+
+def _relative_error(found: Tensor | None, expected: Tensor | None) -> float:
+    if found is None or expected is None or found.shape != expected.shape:
+        return float("inf")
+    if expected.numel() == 0:
+        return 0.0
+    a, b = found.detach().to(torch.complex128), expected.detach().to(torch.complex128)
+    finite = b.isfinite()
+    if not torch.equal(a.isfinite(), finite) or not _same(a[~finite], b[~finite]):
+        return float("inf")
+    a, b = a[finite], b[finite]
+    if b.numel() == 0:
+        return 0.0
+    difference, size = float((a - b).abs().max()), float(b.abs().max())
+    return difference / size if size > 0 else (0.0 if difference == 0 else float("inf"))
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.real.nan_to_num(7), b.real.nan_to_num(7))
+
+
+def tolerance_for(output: Any, tolerance: float | None) -> float:
+    """The tolerance asked for, or the one usual for the outputs' least precise type."""
+    if tolerance is not None:
+        return tolerance
+    found = [_TOLERANCES[tensor.dtype] for tensor in tensors_in(output) if tensor.dtype in _TOLERANCES]
+    return max(found, default=1e-4)
+
+
+def check(error: float, tolerance: float, verb: str) -> None:
+    """Refuse a result that differs by more than `tolerance`.
+
+    Raises:
+        UserError: it does.
+    """
+    if not error <= tolerance:
+        raise UserError(
+            f"{verb} must leave the outputs as they were, but they differ by {error:.1e} relative to the largest, "
+            f"beyond tolerance={tolerance:.0e}; nothing was changed. Raise tolerance if rounding explains it (try in "
+            "float64), or leave modules out with where=."
+        )
+
+
+def largest_error(model: nn.Module, original: nn.Module, batches: Iterable[Any], forward: Forward | None) -> float:
+    """`relative_error` of two models over batches, in eval mode."""
+    errors = (
+        relative_error(run_in_eval(model, batch, forward), run_in_eval(original, batch, forward)) for batch in batches
+    )
+    return max(errors, default=0.0)
