@@ -3,12 +3,13 @@
 from . import data, experiments, functional, models, moments, nn, population, report, surgery, train
 from ._allocator import tune_allocator
 from ._checks import UserError
-from .population import adapt, recalibrate
+from .population import adapt, average, preserve_statistics, recalibrate
 from .surgery import fold
 
 __all__ = [
     "UserError",
     "adapt",
+    "average",
     "data",
     "experiments",
     "fold",
@@ -17,6 +18,7 @@ __all__ = [
     "moments",
     "nn",
     "population",
+    "preserve_statistics",
     "recalibrate",
     "report",
     "surgery",

@@ -1,7 +1,22 @@
 """Population statistics: measure them, adapt them, keep them, average them."""
 
+from ._accumulate import accumulation
 from ._adapt import adapt
+from ._average import EMA, average
+from ._guard import guard_statistics
+from ._preserve import preserve_statistics
 from ._recalibrate import METHODS, recalibrate
 from ._result import Drift, Recalibration
 
-__all__ = ["METHODS", "Drift", "Recalibration", "adapt", "recalibrate"]
+__all__ = [
+    "EMA",
+    "METHODS",
+    "Drift",
+    "Recalibration",
+    "accumulation",
+    "adapt",
+    "average",
+    "guard_statistics",
+    "preserve_statistics",
+    "recalibrate",
+]

@@ -9,7 +9,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import UninitializedBuffer
 
 from .._checks import UserError
-from ..nn import FrozenBatchNorm, FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
+from ..nn import FrozenBatchNorm, FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d, RecurrentBatchNorm
 
 _FROZEN = (FrozenBatchNorm, FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d)
 
@@ -27,6 +27,20 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = model.module
         else:
             return model
+
+
+def refuse_compiled(model: nn.Module, what: str) -> None:
+    """Raise unless every part of the model runs as Python, where hooks added now have an effect."""
+    compiled = [
+        name or "the model"
+        for name, module in model.named_modules()
+        if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None
+    ]
+    if compiled:
+        raise UserError(
+            f"{what} works through hooks, which compiled code does not see, and {compiled[0]} is compiled: "
+            "call it on the model before compiling, or compile the parts without batch norm."
+        )
 
 
 def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
@@ -68,6 +82,8 @@ def _reason_to_leave(layer: _BatchNorm, some_train: bool) -> str | None:
         return f"frozen: a {type(layer).__name__}"
     if layer.running_mean is None or layer.running_var is None:
         return "keeps no running statistics"
+    if isinstance(layer, RecurrentBatchNorm):
+        return "keeps statistics for each time step, which only training measures"
     if some_train and not layer.training:
         return "frozen: in eval mode while others train"
     return None

@@ -15,6 +15,7 @@ from .._checks import UserError
 from .._modes import evaluating, hooked
 from ..graph import Forward, feed
 from ..moments import Moments
+from ..nn import DomainBatchNorm, MaskedBatchNorm
 from ..ops import cpu
 from ._layers import statistics_of
 
@@ -67,8 +68,8 @@ def batch_statistics(reading: Reading) -> Statistics | None:
 class Probe:
     """Reads what enters the layers during forward passes, and lets them normalize as a policy says.
 
-    All modules are in eval mode meanwhile: dropout is off, and no layer updates anything by itself. During each call,
-    other tensors stand in the place of the layer's buffers, which are never written to.
+    All modules are in eval mode meanwhile: dropout is off, and no layer updates anything by itself. Copies stand in the
+    place of the layers' buffers, which are never written to.
 
     Args:
         model: the model.
@@ -87,13 +88,16 @@ class Probe:
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
         """Hooks on, gradients and compiled code off; everything comes back in the end."""
+        buffers = [(layer, dict(layer._buffers)) for layer in self._layers.values()]
         with evaluating(self._model), hooked(self._hooks()), torch.no_grad():
             try:
+                for layer, own in buffers:
+                    layer._buffers.update({key: None if b is None else b.clone() for key, b in own.items()})
                 with torch.compiler.set_stance("force_eager"):  # compiled code does not know of hooks added later
                     yield
             finally:
-                for name in self._layers:
-                    self._put_back(name)
+                for layer, own in buffers:
+                    layer._buffers.update(own)
 
     def read(self, batch: Any, policy: Policy, until: str | None = None) -> list[Reading]:
         """The readings of one forward pass, in the order of execution.
@@ -119,17 +123,18 @@ class Probe:
     def _hooks(self) -> Iterator[Any]:
         for name, layer in self._layers.items():
             yield layer.register_forward_pre_hook(lambda _, a, k, name=name: self._before(name, a, k), with_kwargs=True)
-            yield layer.register_forward_hook(lambda _, a, y, name=name: self._put_back(name))
+            yield layer.register_forward_hook(lambda *_, name=name: self._let_use(name, self._own[name]))
 
     def _before(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = args[0] if args else next(iter(kwargs.values()))
+        x = entering(self._layers[name], args, kwargs)
+        if x is None:
+            return
         self._readings.append(Reading(name, moments_of(x), x.shape[0]))
         if self._nothing_left():
             raise _AllMeasured
         statistics = self._policy(self._readings[-1])
         if statistics is not None:
-            mean, var = self._own[name]
-            self._replace(name, statistics[0].to(mean), statistics[1].to(var))
+            self._let_use(name, statistics)
 
     def _nothing_left(self) -> bool:
         if not self._calls:
@@ -139,12 +144,27 @@ class Probe:
             return seen[-1] == self._last and seen.count(self._last) >= self._calls[self._last] > 0
         return all(calls == 1 for calls in self._calls.values()) and len(set(seen)) == len(self._layers)
 
-    def _put_back(self, name: str) -> None:
-        self._replace(name, *self._own[name])
+    def _let_use(self, name: str, statistics: Statistics) -> None:
+        for buffer, values in zip(statistics_of(self._layers[name]), statistics, strict=True):
+            buffer.copy_(values)
 
-    def _replace(self, name: str, mean: Tensor, var: Tensor) -> None:
-        buffers = self._layers[name]._buffers
-        buffers["running_mean"], buffers["running_var"] = mean, var
+
+def entering(layer: _BatchNorm, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The values that count in a call of the layer, (N, C) or (N, C, *); None if they are another domain's."""
+    input, *others = (*args, *kwargs.values())  # the first is the input, also by keyword
+    if isinstance(layer, DomainBatchNorm) and kwargs.get("domain") not in (None, layer.domain):
+        return None
+    if isinstance(layer, MaskedBatchNorm):
+        mask = kwargs.get("mask", others[0] if len(args) > 1 else None)
+        if mask is not None:
+            mask = mask.squeeze(1) if mask.dim() == input.dim() else mask
+            return input.movedim(1, -1)[mask.expand(input.shape[0], *input.shape[2:])]
+    return input
+
+
+def finite(moments: Moments) -> bool:
+    """Whether all of them are finite; waits for the device."""
+    return bool((moments.mean + moments.m2).isfinite().all())
 
 
 def check_finite(readings: Iterable[Reading], skip: bool) -> bool:
@@ -158,7 +178,7 @@ def check_finite(readings: Iterable[Reading], skip: bool) -> bool:
         return True
     if skip:
         return False
-    culprit = next(r.layer for r in readings if not (r.moments.mean + r.moments.m2).isfinite().all())
+    culprit = next(r.layer for r in readings if not finite(r.moments))
     raise UserError(
         f"the input of {culprit or 'the model'} must be finite, got NaN or infinity, and nothing was changed: "
         "look at the data, or leave such batches out with skip_nonfinite=True."

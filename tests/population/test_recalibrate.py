@@ -171,6 +171,35 @@ def test_an_empty_batch_counts_for_nothing():
     assert result.layers[""].batches == 1
 
 
+# Layers with statistics of another kind
+
+
+def test_only_the_current_domain_is_measured():
+    layer, x = bnkit.nn.DomainBatchNorm(3, ("a", "b")), torch.randn(6, 3) + 2
+    with bnkit.nn.use_domain(layer, "b"):
+        recalibrate(layer, [x])
+    close(layer.running_means[1], moments(x)[0])
+    close(layer.running_vars[1], moments(x)[1])
+    assert not layer.running_means[0].any()
+    assert sorted(layer.state_dict()) == ["batches_tracked", "bias", "running_means", "running_vars", "weight"]
+    result = recalibrate(layer, [x], forward=lambda model, batch: model(batch, domain="b"))
+    assert result.not_run == [""]
+
+
+@pytest.mark.parametrize("call", [lambda m, b: m(b[0], b[1]), lambda m, b: m(b[0], mask=b[1][:, None])])
+def test_padding_does_not_count(call):
+    layer, x, mask = bnkit.nn.MaskedBatchNorm(3), torch.randn(4, 3, 5), torch.rand(4, 5) < 0.6
+    recalibrate(layer, [(x, mask)], forward=call)
+    mean, var = moments(x.movedim(1, -1)[mask])
+    close(layer.running_mean, mean)
+    close(layer.running_var, var)
+
+
+def test_time_steps_are_left_to_training():
+    result = recalibrate(bnkit.nn.RecurrentBatchNorm(3, max_length=2), [torch.randn(4, 2, 3)])
+    assert "time step" in result.skipped[""]
+
+
 # What stays as it was
 
 
@@ -215,12 +244,13 @@ def test_a_raising_loader_leaves_everything_as_it_was(method, error):
 
 def test_an_interrupted_write_is_taken_back(monkeypatch):
     model = net()
-    before, calls, copy_ = buffers(model), [], torch.Tensor.copy_
+    before, originals, calls, copy_ = buffers(model), list(model.buffers()), [], torch.Tensor.copy_
 
     def interrupted(self, *arguments):
-        calls.append(self)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
+        if any(self is buffer for buffer in originals):
+            calls.append(self)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
         return copy_(self, *arguments)
 
     monkeypatch.setattr(torch.Tensor, "copy_", interrupted)
@@ -309,7 +339,7 @@ def test_pairs_dicts_forward_and_a_bare_tensor():
             self.norm = nn.BatchNorm1d(3)
 
         def forward(self, image):
-            return self.norm(image)
+            return self.norm(input=image)
 
     for data, forward in (
         ([(x, 0)], None),
