@@ -49,6 +49,7 @@ def train(
     augment: Annotated[
         str, typer.Option(help="Such as crop=4,flip, or none.  [auto: crop=4,flip in colour, shift=2 in gray]")
     ] = "auto",
+    ema: Annotated[float, typer.Option(help="Decay of a moving average of the weights; 0 for none.")] = 0.0,
     normalize: Annotated[str, typer.Option(help="channel, imagenet or unit.")] = "channel",
     precision: Annotated[
         str, typer.Option(help="32-true, bf16-mixed, 64-true.  [auto: bf16-mixed where it measures faster]")
@@ -94,6 +95,7 @@ def train(
         "schedule": schedule,
         "label_smoothing": label_smoothing,
         "augment": augment,
+        "ema": ema,
         "normalize": normalize,
         "precision": precision,
         "channels_last": not contiguous,

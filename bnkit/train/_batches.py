@@ -48,6 +48,13 @@ class Batches:
         images, labels = self._train
         return self._normalized(self._augment(images.index_select(0, index))), labels.index_select(0, index)
 
+    def calibration(self, count: int, batch_size: int) -> Iterator[Tensor]:
+        """This process's share of `count` training images spread over all, not augmented."""
+        images, _ = self._train
+        index = torch.arange(0, len(images), max(1, len(images) // count), device=images.device)[:count]
+        for part in index[self._devices.rank :: self._devices.world].split(batch_size):
+            yield self._normalized(images.index_select(0, part))
+
     def test(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The test images and labels in order."""
         images, labels = self._test

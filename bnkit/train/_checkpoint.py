@@ -18,8 +18,8 @@ from ._config import FitConfig
 from ._history import Evaluation
 from ._run import Run
 
-_FORMAT = 1
-_KEYS = ("format", "config", "data", "step", "evaluations", "model", "optimizer", "order", "random")
+_FORMAT = 2
+_KEYS = ("format", "config", "data", "step", "evaluations", "model", "average", "optimizer", "order", "random")
 # What neither the weights nor their course depends on.
 _FREE_SETTINGS = frozenset({"eval_every", "eval_batch_size", "checkpoint_every", "device"})
 
@@ -40,6 +40,7 @@ def save(path: str | os.PathLike[str], run: Run) -> None:
         "step": run.step,
         "evaluations": [asdict(evaluation) for evaluation in run.evaluations],
         "model": run.model.state_dict(),
+        "average": None if run.average is None else run.average.state_dict(),
         "optimizer": run.optimizer.state_dict(),
         "order": run.order.state_dict(),
         "random": random,
@@ -63,6 +64,8 @@ def load(path: str | os.PathLike[str], run: Run) -> None:
     except ValueError as error:
         raise UserError(f"the optimizer in {path} is for other parameters: freeze those that were frozen.") from error
     run.model.load_state_dict(content["model"])
+    if run.average is not None:
+        run.average.load_state_dict(content["average"])
     run.order.load_state_dict(content["order"])
     run.random.load_state_dict(content["random"][run.devices.rank])
     run.evaluations = [Evaluation(**evaluation) for evaluation in content["evaluations"]]

@@ -34,6 +34,8 @@ class FitConfig:
         label_smoothing: Part of each label's probability that is spread over all classes (Szegedy et al. 2016, section
             7), in training only, in [0, 1).
         augment: Changes of the training images, such as `"crop=4,flip"`; see `bnkit.data.Augmentation`.
+        ema: Decay of an exponential moving average of the weights over the steps, 0 for none. Evaluations are then of
+            the average, and the model becomes it at the end of the run; see `fit`.
         seed: Of the order of the batches and of what the model draws while it trains; not of its initial weights.
         eval_every: Steps between evaluations.
         eval_batch_size: Images a forward pass of an evaluation.
@@ -61,6 +63,7 @@ class FitConfig:
     warmup_steps: int = 0
     label_smoothing: float = 0.0
     augment: str = "none"
+    ema: float = 0.0
     seed: int = 0
     eval_every: int = 250
     eval_batch_size: int = 1000
@@ -80,7 +83,7 @@ class FitConfig:
             _is_finite(self.lr) and self.lr > 0,
             f"lr must be a positive number, got {self.lr!r}: try 0.1.",
         )
-        for name, usual in (("momentum", 0.9), ("label_smoothing", 0.1)):
+        for name, usual in (("momentum", 0.9), ("label_smoothing", 0.1), ("ema", 0.999)):
             value = getattr(self, name)
             require(_is_finite(value) and 0 <= value < 1, f"{name} must be in [0, 1), got {value!r}: try {usual}.")
         require(

@@ -12,12 +12,15 @@ from torch.nn import functional as F
 
 from .._checks import UserError
 from ..data import ImageSet
+from ..population import EMA
 from ._checkpoint import load, save
 from ._config import FitConfig
 from ._evaluate import evaluate_placed
 from ._history import Evaluation, History
 from ._run import Run, start
 from ._schedule import learning_rate
+
+_CALIBRATION_IMAGES = 10_000
 
 
 class Diverged(UserError):
@@ -71,6 +74,9 @@ def iterate(
     caller may do anything, such as train another model in turns: the runs don't disturb each other, as each keeps its
     own order of batches and its own random states, and `seconds` counts a run's own training only.
 
+    With `config.ema`, evaluations are of the average of the weights over the steps so far, the batch norms of which are
+    measured on 10,000 training images each time; the model itself takes the average's state after the last of them.
+
     Args:
         model: From (N, C, H, W) to (N, num_classes) logits. It is moved to the device and put into training mode.
         data: All of it is kept on the device.
@@ -96,6 +102,8 @@ def iterate(
     while run.step < config.steps:
         train_loss = _advance(run)
         yield _record(run, train_loss, checkpoint)
+    if run.average is not None:
+        model.load_state_dict(run.average.module.state_dict())
 
 
 def _advance(run: Run) -> float:
@@ -113,6 +121,8 @@ def _advance(run: Run) -> float:
             optimizer.zero_grad()
             run.devices.backward(loss)
             optimizer.step()
+            if run.average is not None:
+                run.average.update(run.model)
             losses.append(loss.detach())
     run.devices.synchronize()
     run.seconds += time.perf_counter() - started
@@ -130,9 +140,18 @@ def _mean(losses: list[Tensor], run: Run, first: int) -> float:
     return values.mean().item()
 
 
+def _measured(average: EMA, run: Run) -> nn.Module:
+    """The averaged model, with batch norms that have seen training images through its weights."""
+    images = run.batches.calibration(_CALIBRATION_IMAGES, run.config.batch_size)
+    with run.devices.autocast():
+        average.recalibrate(images, skip_nonfinite=True)
+    return average.module
+
+
 def _record(run: Run, train_loss: float | None, checkpoint: str | os.PathLike[str] | None) -> Evaluation:
     """Evaluate, note it, and write a checkpoint if one is due."""
-    test_loss, test_accuracy = evaluate_placed(run.model, run.batches, run.devices, run.data.num_classes, run.config)
+    model = run.model if run.average is None else _measured(run.average, run)
+    test_loss, test_accuracy = evaluate_placed(model, run.batches, run.devices, run.data.num_classes, run.config)
     seconds, test_loss, test_accuracy = run.devices.from_first([run.seconds, test_loss, test_accuracy])
     rate = learning_rate(run.config, max(run.step - 1, 0))
     evaluation = Evaluation(run.step, seconds, rate, train_loss, test_loss, test_accuracy)

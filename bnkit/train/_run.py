@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..data import BatchOrder, ImageSet
+from ..population import EMA
 from ._batches import Batches
 from ._config import FitConfig
 from ._devices import Devices, place
@@ -18,13 +19,16 @@ from ._random import RandomState
 
 @dataclass
 class Run:
-    """What a run is made of. Only `model`, `optimizer`, `order`, `random` and what has a default here ever change."""
+    """What a run is made of. Only `model`, `average`, `optimizer`, `order`, `random` and what has a default here ever
+    change.
+    """
 
     model: nn.Module
     data: ImageSet
     config: FitConfig
     devices: Devices
     batches: Batches
+    average: EMA | None
     optimizer: torch.optim.Optimizer
     order: BatchOrder
     random: RandomState
@@ -51,6 +55,7 @@ def start(model: nn.Module, data: ImageSet, config: FitConfig) -> Run:
         config=config,
         devices=devices,
         batches=Batches(data, config, devices),
+        average=EMA(model, config.ema, buffers="recalibrate") if config.ema else None,
         optimizer=optimizer,
         order=order,
         random=RandomState(config.seed + devices.rank, devices.device),

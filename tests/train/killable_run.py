@@ -23,6 +23,8 @@ CONFIG = FitConfig(
     weight_decay=1e-3,
     schedule="cosine",
     warmup_steps=30,
+    augment="shift=1",
+    ema=0.9,
     eval_every=5,
     device="cpu",
 )

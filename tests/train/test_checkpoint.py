@@ -137,7 +137,7 @@ def test_other_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     path.write_text("not a checkpoint")
     refuse(path, "is not a whole checkpoint")
     torch.save({"model": {}, "format": 1}, path)
-    refuse(path, "is not a checkpoint of a run, it lacks config, data, step and 4 more: name another")
+    refuse(path, "is not a checkpoint of a run, it lacks config, data, step and 5 more: name another")
     torch.save([1, 2], path)
     refuse(path, "is not a checkpoint of a run, it lacks format, config, data and 6 more")
     torch.save({"model": Evil()}, path)
@@ -147,7 +147,7 @@ def test_other_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 def test_another_format(saved: Path) -> None:
     torch.save({**torch.load(saved, weights_only=True), "format": 99}, saved)
-    refuse(saved, "has format 99, this version reads 1")
+    refuse(saved, "has format 99, this version reads 2")
 
 
 def test_another_configuration(saved: Path) -> None:

@@ -20,6 +20,7 @@ def test_json_round_trip() -> None:
         weight_decay=1e-4,
         label_smoothing=0.1,
         augment="crop=4,flip",
+        ema=0.99,
         channels_last=True,
         schedule="cosine",
         warmup_steps=10,

@@ -71,6 +71,24 @@ def test_weights_and_losses_are_those_of_the_loop_by_hand(changes: dict[str, Any
     assert [e.train_loss for e in history.evaluations[1:]] == pytest.approx(means, rel=1e-9)
 
 
+def test_the_average_is_evaluated_and_becomes_the_model() -> None:
+    config = dataclasses.replace(CONFIG, steps=12, eval_every=1, ema=0.8, precision="64-true")
+    net, data = toy_net().double(), toy_set()
+    average = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
+    last: Evaluation | None = None
+    for last in iterate(net, data, config):
+        if last.step > 0:
+            for name, parameter in net.named_parameters():
+                average[name] = 0.8 * average[name] + 0.2 * parameter.detach()
+    for name, parameter in net.named_parameters():
+        torch.testing.assert_close(parameter.detach(), average[name], rtol=1e-9, atol=1e-12)
+    seen = F.conv2d(data.train_images.double() / 255, average["0.weight"], average["0.bias"], padding=1)
+    torch.testing.assert_close(net.get_buffer("1.running_mean"), seen.mean((0, 2, 3)), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(net.get_buffer("1.running_var"), seen.var((0, 2, 3)), rtol=1e-6, atol=1e-7)
+    assert last is not None
+    assert (last.test_loss, last.test_accuracy) == evaluate(net, data, config)
+
+
 def test_evaluations() -> None:
     net = toy_net()
     before = evaluate(toy_net(), toy_set(), CONFIG)
