@@ -139,7 +139,7 @@ def test_other_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     torch.save({"model": {}, "format": 1}, path)
     refuse(path, "is not a checkpoint of a run, it lacks config, data, step and 5 more: name another")
     torch.save([1, 2], path)
-    refuse(path, "is not a checkpoint of a run, it lacks format, config, data and 6 more")
+    refuse(path, "is not a checkpoint of a run, it lacks format, config, data and 7 more")
     torch.save({"model": Evil()}, path)
     refuse(path, "is not a whole checkpoint")
     assert "code from a checkpoint" not in capsys.readouterr().out
