@@ -4,7 +4,7 @@ from . import data, experiments, functional, models, moments, nn, population, re
 from ._allocator import tune_allocator
 from ._checks import UserError
 from .population import adapt, average, preserve_statistics, recalibrate
-from .surgery import fold
+from .surgery import fold, insert
 
 __all__ = [
     "UserError",
@@ -14,6 +14,7 @@ __all__ = [
     "experiments",
     "fold",
     "functional",
+    "insert",
     "models",
     "moments",
     "nn",

@@ -1,0 +1,194 @@
+"""Insert: put batch normalization into a trained network without changing what it computes."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import nn as bnkit_nn
+from .._checks import UserError, require, unknown
+from .._modes import buffers_kept, evaluating, hooked
+from ..graph import Forward, apply, feed, record
+from ..moments import Moments, statistics_dtype
+from ._insert_sites import Site, layers_of, site_of
+from ._normed import Normed, NormedLast, normed_class
+from ._operation import Operation
+from ._result import Surgery
+from ._verify import check, relative_error, run_in_eval, tolerance_for
+from ._weighted import Refused
+from ._where import Where, selector
+
+Norm = str | Callable[[int], nn.Module]
+
+_PER_DIMENSION = {"batch": "BatchNorm", "frozen": "FrozenBatchNorm"}
+_ANY_DIMENSION = {"ghost": "GhostBatchNorm", "sync": "SyncBatchNorm", "renorm": "BatchRenorm"}
+
+
+def insert(
+    model: nn.Module,
+    data: Iterable[Any] | None = None,
+    *,
+    example: Any = None,
+    where: Where | None = None,
+    norm: Norm = "batch",
+    tolerance: float | None = None,
+    inplace: bool = False,
+    forward: Forward | None = None,
+) -> Surgery:
+    """Put a batch norm behind each convolution and linear layer of a trained network, leaving its outputs as they are.
+
+    The original network runs once over `data` in eval mode; that gives the mean μ and variance σ² of each layer's
+    outputs, a channel, over all values, merged exactly from batch to batch. The batch norm behind the layer gets
+
+        running_mean = μ,  running_var = σ²,  weight = √(σ² + eps),  bias = μ,
+
+    so that it is the identity in eval mode, and close to it in training, where each batch has a mean and variance of
+    its own. (A batch norm as constructed is not: it would divide by √(1 + eps).)
+
+    The layer becomes a subclass of its class with the batch norm as a child: of `features.0`, `features.0.weight`
+    stays and `features.0.bn.weight` is new. Its bias b, which training with batch norm would cancel, is taken up:
+    running_mean = μ - b, and `features.0.bias` stays as a buffer of zeros. A `state_dict` of the original network
+    still loads, and makes the new one compute what the original did.
+
+    A layer shared by several places gets one batch norm, with the statistics of all. Left alone, with the reason in
+    `skipped`: layers that have a norm behind them, and unless `where` names them those that make the output.
+
+    Args:
+        model: Any network.
+        data: Calibration batches: tensors, (input, label) pairs or dicts; a `DataLoader`; one tensor is one batch. None
+            makes the batch norms exact identities with running statistics 0 and 1, and warns that in training the
+            network will differ.
+        example: An input, where there is no `data`.
+        where: Behind which layers: names, shell patterns, types, or a predicate `(name, module) -> bool`.
+        norm: `"batch"`, `"ghost"`, `"sync"`, `"frozen"` or `"renorm"`, or a function from the number of channels to a
+            layer with running statistics, weight and bias.
+        tolerance: Largest relative difference of outputs on the first batch; see `fold`.
+        inplace: Change `model` itself instead of a copy.
+        forward: `forward(model, batch)` runs the model in another way.
+
+    Returns:
+        The new model in `.model`, in the mode of the one given; the layers changed in `.changed`.
+
+    Raises:
+        UserError: outputs differ by more than the tolerance, no batches, activations that are not finite, an unknown
+            norm or name, or a model that can't be copied. Then nothing was changed.
+    """
+    batches, first = _first_of(data, example)
+    run = forward or (apply if data is None else feed)
+    with Operation(model, inplace=inplace) as operation:
+        with evaluating(operation.model):
+            facts = record(operation.model, first, run)
+        layers = layers_of(facts)
+        if where is not None:
+            selects = selector(where, (name for name, _ in model.named_modules()))
+            layers = {module: name for module, name in layers.items() if selects(name, module)}
+        sites, skipped = [], {}
+        for module, name in layers.items():
+            try:
+                sites.append(site_of(module, name, facts, last_too=where is not None))
+            except Refused as refusal:
+                skipped[name] = str(refusal)
+        moments = measure(operation.model, sites, batches, run) if batches is not None else {}
+        changed = {site.name: _insert_behind(operation, site, norm, moments.get(site.module)) for site in sites}
+        error = relative_error(run_in_eval(operation.model, first, run), facts.output)
+        check(error, tolerance_for(facts.output, tolerance), "insert")
+        if batches is None and sites:
+            warnings.warn(
+                "inserted without calibration data: the outputs are the same in eval mode, but will differ in training "
+                "mode, where batches have other means and variances than 0 and 1; pass data=.",
+                stacklevel=2,
+            )
+        return operation.result(changed, skipped, error)
+
+
+def _first_of(data: Iterable[Any] | None, example: Any) -> tuple[Iterator[Any] | None, Any]:
+    """The batches, and the one to look at."""
+    if data is None:
+        require(example is not None, "insert needs to run the model: pass calibration batches, or an example=.")
+        return None, example
+    batches = iter([data] if isinstance(data, (Tensor, Mapping)) else data)
+    try:
+        first = next(batches)
+    except StopIteration:
+        raise UserError("insert needs at least one calibration batch, got none: check the loader.") from None
+    return itertools.chain([first], batches), first
+
+
+def measure(
+    model: nn.Module, sites: Iterable[Site], batches: Iterable[Any], forward: Forward
+) -> dict[nn.Module, Moments]:
+    """The moments of each site's outputs over all batches, in eval mode."""
+    moments: dict[nn.Module, Moments] = {}
+
+    def watch(site: Site) -> Any:
+        def add(module: nn.Module, args: Any, output: Tensor) -> None:
+            dims = range(output.dim() - 1) if site.linear else (0, *range(2, output.dim()))
+            found = Moments.of(output.detach(), tuple(dims))
+            moments[module] = moments[module].merge(found) if module in moments else found
+
+        # Ahead of others' hooks, which may replace the output: the norm comes before them too.
+        return site.module.register_forward_hook(add, prepend=True)
+
+    with evaluating(model), buffers_kept(model), torch.no_grad(), hooked(watch(site) for site in sites):
+        for batch in batches:
+            feed(model, batch, forward)
+    return moments
+
+
+def _insert_behind(operation: Operation, site: Site, norm: Norm, moments: Moments | None) -> str:
+    layer: Any = site.module
+    bn = _make(norm, site, layer.weight)
+    mean, var = _statistics(site, moments, layer.weight)
+    bias = layer.bias.detach().double() if site.absorbs else torch.zeros_like(mean)
+    with torch.no_grad():
+        bn.running_mean.copy_(mean - bias if moments is not None else mean)
+        bn.running_var.copy_(var)
+        bn.weight.copy_((bn.running_var.double() + bn.eps).sqrt())
+        bn.bias.copy_(mean if moments is not None else bias)
+    operation.touch(layer)
+    if site.absorbs:
+        zeros = torch.zeros_like(layer.bias.detach())
+        del layer._parameters["bias"]
+        layer.register_buffer("bias", zeros)
+    layer.bn = bn.train(layer.training)
+    layer.__class__ = normed_class(NormedLast if site.linear else Normed, type(layer))
+    taken = ", its bias taken up" if site.absorbs else ""
+    return f"{type(bn).__name__}({site.channels}) behind it{taken}"
+
+
+def _statistics(site: Site, moments: Moments | None, weight: Tensor) -> tuple[Tensor, Tensor]:
+    if moments is None:
+        zeros = torch.zeros(site.channels, dtype=torch.float64, device=weight.device)
+        return zeros, torch.ones_like(zeros)
+    mean = moments.mean.double() + moments.mean_error.double()
+    var = moments.m2.double() / max(int(moments.count) - 1, 1)
+    require(
+        bool(mean.isfinite().all() and var.isfinite().all()),
+        f"activations must be finite to be measured, but those of {site.name} are not: check the calibration batches.",
+    )
+    return mean, var
+
+
+def _make(norm: Norm, site: Site, weight: Tensor) -> Any:
+    if callable(norm):
+        bn = norm(site.channels)
+        require(
+            all(
+                isinstance(getattr(bn, key, None), Tensor) for key in ("running_mean", "running_var", "weight", "bias")
+            ),
+            f"norm must give a layer with running statistics, weight and bias, got {type(bn).__name__}: "
+            "pass a function like torch.nn.BatchNorm2d.",
+        )
+        return bn.to(weight.device)
+    if norm not in _PER_DIMENSION | _ANY_DIMENSION:
+        raise unknown("norm", str(norm), _PER_DIMENSION | _ANY_DIMENSION)
+    name = _ANY_DIMENSION.get(norm) or f"{_PER_DIMENSION[norm]}{max(site.dims, 1)}d"
+    bn = getattr(bnkit_nn, name)(site.channels, device=weight.device, dtype=statistics_dtype(weight.dtype))
+    for parameter in bn.parameters():
+        parameter.requires_grad_(parameter.requires_grad and weight.requires_grad)
+    return bn
