@@ -34,8 +34,8 @@ class DenseNet(nn.Module):
         in_channels: Channels of the input (N, in_channels, H, W).
         image_size: Side of the input; it chooses the stem. The smallest is 29, or with the small stem 2^(blocks - 1).
         growth_rate: Maps that each layer adds: k in the paper.
-        init_features: Maps that leave the stem.
-        bottleneck: Width of the 1×1 convolution, in growth rates; 0 leaves it out, with the norm behind it.
+        num_init_features: Maps that leave the stem.
+        bn_size: Width of the 1×1 convolution, in growth rates; 0 leaves it out, with the norm behind it.
         compression: Maps that leave a transition for each that enters it: θ in the paper.
         drop_rate: Probability of zeroing a value that a layer adds; the paper's for data without augmentation is 0.2.
         memory_efficient: Keep no concatenated or normalized maps for the backward pass, which makes them again (Pleiss
@@ -56,8 +56,8 @@ class DenseNet(nn.Module):
         in_channels: int,
         image_size: int = 224,
         growth_rate: int = 32,
-        init_features: int = 64,
-        bottleneck: int = 4,
+        num_init_features: int = 64,
+        bn_size: int = 4,
         compression: float = 0.5,
         drop_rate: float = 0.0,
         memory_efficient: bool = False,
@@ -71,13 +71,13 @@ class DenseNet(nn.Module):
         self.smallest = last if small else 4 * last - 3
         self.name = f"densely connected network of {len(blocks)} blocks"
         check_image_size(image_size, self.smallest, f"a {self.name}")
-        _check_numbers(growth_rate, init_features, bottleneck, compression, drop_rate)
+        _check_numbers(growth_rate, num_init_features, bn_size, compression, drop_rate)
         style = Style(norm, activation, init)
-        self.features = _stem(in_channels, init_features, small, style)
-        channels = init_features
+        self.features = _stem(in_channels, num_init_features, small, style)
+        channels = num_init_features
         for i, depth in enumerate(blocks, 1):
             layers = [
-                DenseLayer(channels + j * growth_rate, growth_rate, bottleneck, drop_rate, memory_efficient, style)
+                DenseLayer(channels + j * growth_rate, growth_rate, bn_size, drop_rate, memory_efficient, style)
                 for j in range(depth)
             ]
             self.features.add_module(f"denseblock{i}", DenseBlock(layers))
@@ -134,8 +134,8 @@ class CifarDenseNet(DenseNet):
             in_channels=in_channels,
             image_size=image_size,
             growth_rate=growth_rate,
-            init_features=2 * growth_rate if bc else 16,
-            bottleneck=4 if bc else 0,
+            num_init_features=2 * growth_rate if bc else 16,
+            bn_size=4 if bc else 0,
             compression=0.5 if bc else 1.0,
             drop_rate=drop_rate,
             memory_efficient=memory_efficient,
@@ -151,20 +151,20 @@ class DenseLayer(nn.Module):
         self,
         in_channels: int,
         growth_rate: int,
-        bottleneck: int,
+        bn_size: int,
         drop_rate: float,
         memory_efficient: bool,
         style: Style,
     ):
         super().__init__()
         self.norm1, self.relu1 = style.norm_and_activation(in_channels)
-        if bottleneck:
-            self.conv1 = style.conv(in_channels, bottleneck * growth_rate, 1)
-            self.norm2, self.relu2 = style.norm_and_activation(bottleneck * growth_rate)
-            self.conv2 = style.conv(bottleneck * growth_rate, growth_rate, 3)
+        if bn_size:
+            self.conv1 = style.conv(in_channels, bn_size * growth_rate, 1)
+            self.norm2, self.relu2 = style.norm_and_activation(bn_size * growth_rate)
+            self.conv2 = style.conv(bn_size * growth_rate, growth_rate, 3)
         else:
             self.conv1 = style.conv(in_channels, growth_rate, 3)
-        self.bottleneck = bottleneck > 0
+        self.bottleneck = bn_size > 0
         self.drop_rate = drop_rate
         self.memory_efficient = memory_efficient
 
@@ -212,11 +212,11 @@ def _transition(in_channels: int, out_channels: int, style: Style) -> nn.Sequent
     return nn.Sequential(OrderedDict(norm=norm, relu=relu, conv=conv, pool=nn.AvgPool2d(2)))
 
 
-def _check_numbers(growth: int, features: int, bottleneck: int, compression: float, drop_rate: float) -> None:
+def _check_numbers(growth: int, features: int, bn_size: int, compression: float, drop_rate: float) -> None:
     for name, value, least in (
         ("growth_rate", growth, 1),
-        ("init_features", features, 1),
-        ("bottleneck", bottleneck, 0),
+        ("num_init_features", features, 1),
+        ("bn_size", bn_size, 0),
     ):
         require(value >= least, f"{name} must be at least {least}, got {value}: see the model's defaults.")
     require(0 < compression <= 1, f"compression must be in (0, 1], got {compression}: the paper's is 0.5.")
@@ -224,7 +224,7 @@ def _check_numbers(growth: int, features: int, bottleneck: int, compression: flo
 
 
 register("densenet121", DenseNet, blocks=(6, 12, 24, 16))
-register("densenet161", DenseNet, blocks=(6, 12, 36, 24), defaults={"growth_rate": 48, "init_features": 96})
+register("densenet161", DenseNet, blocks=(6, 12, 36, 24), defaults={"growth_rate": 48, "num_init_features": 96})
 register("densenet169", DenseNet, blocks=(6, 12, 32, 32))
 register("densenet201", DenseNet, blocks=(6, 12, 48, 32))
 register("densenet264", DenseNet, blocks=(6, 12, 64, 48))

@@ -30,15 +30,15 @@ class SENet154(nn.Module):
         num_classes: Length of the output.
         in_channels: Channels of the input (N, in_channels, H, W).
         image_size: Side of the input, 8 or more; it chooses the stem.
-        width: Half the channels of the stem, and a quarter of those that leave the first stage.
-        groups: Of the 3×3 convolutions, each with `width`/16 channels a group in the first stage.
+        width: Half the channels of the stem, and a quarter of those that leave the first stage; a multiple of 32.
+        groups: Of the 3×3 convolutions, each with `width` / 16 channels a group in the first stage.
         se: The reduction of the excitations (True for 16), or False for none.
         dropout: Probability of zeroing one of the features that the output layer sees.
         activation: Its name, or a function that makes it.
         init: Of all convolutions and the output layer, see `ResNet`.
 
     Raises:
-        UserError: an unknown name, images that are too small, or a dropout outside [0, 1].
+        UserError: an unknown name, images that are too small, a width or a dropout that it can't have.
     """
 
     def __init__(
@@ -58,6 +58,7 @@ class SENet154(nn.Module):
     ):
         super().__init__()
         check_image_size(image_size, 8, "senet154")
+        require(width > 0 and width % 32 == 0, f"width must be a multiple of 32, got {width}: the paper's is 64.")
         require(0 <= dropout <= 1, f"dropout must be between 0 and 1, got {dropout}: try 0.2.")
         style = Style(
             norm, activation, init, "B", reduction_of(se), groups=groups, base_width=4, narrow=2, down_kernel=3
