@@ -3,12 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torchvision
+from against import agree, on_meta, parameters, shapes
 from torch import nn
 
 from bnkit import models
 from bnkit._checks import UserError
-
-from against import agree, on_meta, parameters, shapes
 
 
 def theirs(dropout: float = 0.0) -> nn.Module:

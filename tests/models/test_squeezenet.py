@@ -3,12 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torchvision
+from against import agree, on_meta, parameters, shapes
 from torch import nn
 
 from bnkit import models
 from bnkit._checks import UserError
-
-from against import agree, on_meta, parameters, shapes
 
 NAMES = {"squeezenet1_0": (1_248_424, 21), "squeezenet1_1": (1_235_496, 17)}
 

@@ -103,10 +103,21 @@ def test_convolutions_without_the_redundant_bias() -> None:
     assert all(layer.bias is None for layer in model.modules() if isinstance(layer, nn.Conv2d))
 
 
+def test_activation_and_placement() -> None:
+    model = models.create("vgg11", "batch", image_size=32, activation="tanh", placement="after")
+    layers = list(model.get_submodule("features"))
+    assert [type(layer).__name__ for layer in layers[:3]] == ["Conv2d", "Tanh", "BatchNorm2d"]
+    assert not any(isinstance(layer, nn.ReLU) for layer in model.modules())
+
+
 def test_errors() -> None:
-    with pytest.raises(UserError, match="images of 17 pixels a side or more, got image_size=16"):
+    with pytest.raises(UserError, match="vgg needs images of 17 pixels a side or more, got image_size=16"):
         models.create("vgg11", image_size=16)
     with pytest.raises(UserError, match=r"dropout must be between 0 and 1, got 1\.5"):
         models.create("vgg11", image_size=32, dropout=1.5)
     with pytest.raises(UserError, match="conv_bias=False needs a norm"):
         models.create("vgg11", "none", image_size=32, conv_bias=False)
+    model = on_meta(lambda: models.create("vgg11"))
+    assert model(torch.empty(2, 3, 32, 32, device="meta")).shape == (2, 1000)
+    with pytest.raises(UserError, match="vgg needs images of 32 pixels a side or more, got 31×40"):
+        model(torch.empty(2, 3, 31, 40, device="meta"))
