@@ -4,15 +4,17 @@ from . import data, experiments, functional, models, moments, nn, population, re
 from ._allocator import tune_allocator
 from ._checks import UserError
 from .population import adapt, average, preserve_statistics, recalibrate
-from .surgery import fold, insert
+from .surgery import convert, fold, freeze, insert, unfreeze
 
 __all__ = [
     "UserError",
     "adapt",
     "average",
+    "convert",
     "data",
     "experiments",
     "fold",
+    "freeze",
     "functional",
     "insert",
     "models",
@@ -25,4 +27,5 @@ __all__ = [
     "surgery",
     "train",
     "tune_allocator",
+    "unfreeze",
 ]

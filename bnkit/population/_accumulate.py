@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .._modes import hooked
+from ..nn import SyncBatchNorm
 from ._estimate import Pooled
 from ._layers import measurable, refuse_compiled, statistics_of, tracked, unwrapped
 from ._measure import Reading, Statistics, entering, finite, moments_of
@@ -76,7 +77,7 @@ def _hooks(layers: Mapping[str, _BatchNorm], pools: Mapping[str, Pooled]) -> Ite
 
 def _updated(layer: _BatchNorm, pool: Pooled) -> tuple[Statistics, int] | None:
     """The layer's running statistics and count after one update with the pool; None if that holds no variance."""
-    if isinstance(layer, nn.SyncBatchNorm) and dist.is_initialized():
+    if isinstance(layer, (nn.SyncBatchNorm, SyncBatchNorm)) and dist.is_initialized():
         pool.all_reduce(layer.process_group)
     new = pool.statistics()
     if new is None:

@@ -1,7 +1,9 @@
 """Surgery on finished networks: insert, fold, fuse."""
 
+from ._convert import convert
 from ._fold import fold
+from ._freeze import freeze, unfreeze
 from ._insert import insert
 from ._result import Surgery
 
-__all__ = ["Surgery", "fold", "insert"]
+__all__ = ["Surgery", "convert", "fold", "freeze", "insert", "unfreeze"]

@@ -1,0 +1,189 @@
+"""Make a norm of another class out of a layer: its tensors, hooks and settings move over, as the same objects."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .. import nn as layers
+
+FROZEN = (layers.FrozenBatchNorm, layers.FrozenBatchNorm1d, layers.FrozenBatchNorm2d, layers.FrozenBatchNorm3d)
+OURS = layers.BatchNorm2d.__bases__[0]
+"""What all batch norms of this package are."""
+
+CARRIED = ("_affine_before",)
+"""Attributes that stay with a layer whatever its class: what `freeze` remembers."""
+
+_SETTINGS = ("num_features", "eps", "momentum", "affine", "track_running_stats")
+_OPTIONS = ("skip_nonfinite", "inplace", "process_group", "timeout")
+_ACTIVATIONS: dict[type[nn.Module], str | None] = {
+    nn.Identity: None,
+    nn.ReLU: "relu",
+    nn.SiLU: "silu",
+    nn.Hardswish: "hardswish",
+    nn.Sigmoid: "sigmoid",
+    nn.Tanh: "tanh",
+}
+
+
+@dataclasses.dataclass
+class Origin:
+    """What a layer was before: its class, all attributes that are not tensors, hooks or modules, and two modes."""
+
+    kind: type[nn.Module]
+    attributes: dict[str, Any]
+    training: bool
+    model_training: bool
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Origin:
+        """A copy with the same process group: that can't be copied, and is not meant to be."""
+        group = self.attributes.get("process_group")
+        memo[id(group)] = group
+        return Origin(self.kind, copy.deepcopy(self.attributes, memo), self.training, self.model_training)
+
+
+def origin_of(layer: nn.Module) -> Origin | None:
+    """What `grafted` made the layer from; None if it was built as it is."""
+    return vars(layer).get("_origin")
+
+
+def dimensions_of(layer: nn.Module) -> int | None:
+    """1, 2 or 3 where the class, or one that the layer was before, says so."""
+    origin = origin_of(layer)
+    return _dimensions_of_class(type(layer)) or _dimensions_of_origin(origin)
+
+
+def _dimensions_of_origin(origin: Origin | None) -> int | None:
+    if origin is None:
+        return None
+    return _dimensions_of_class(origin.kind) or _dimensions_of_origin(origin.attributes.get("_origin"))
+
+
+def _dimensions_of_class(kind: type[nn.Module]) -> int | None:
+    names = [base.__name__ for base in kind.__mro__]
+    if "SyncBatchNormAct" in names:  # timm's, which is of images
+        return 2
+    return next((int(name[-2]) for name in names if name[-2:] in ("1d", "2d", "3d")), None)
+
+
+def activation_of(layer: nn.Module) -> str | None:
+    """The activation that the layer applies, by its name in `bnkit.nn`.
+
+    Raises:
+        LookupError: that has none, or there is a dropout too.
+    """
+    if isinstance(layer, OURS):
+        return vars(layer)["activation"]
+    names = [_name_of(child) for name, child in layer.named_children() if name in ("drop", "act")]
+    return next((name for name in names if name is not None), None)
+
+
+def _name_of(part: nn.Module) -> str | None:
+    if isinstance(part, nn.GELU) and part.approximate == "none":
+        return "gelu"
+    if isinstance(part, nn.LeakyReLU) and math.isclose(part.negative_slope, 0.01):
+        return "leaky_relu"
+    if type(part) in _ACTIVATIONS:
+        return _ACTIVATIONS[type(part)]
+    raise LookupError(type(part).__name__)
+
+
+def grafted(layer: nn.Module, kind: type[_BatchNorm], options: dict[str, Any], model: nn.Module) -> _BatchNorm:
+    """A `kind` that has the layer's parameters, buffers, hooks and settings; the layer itself is not changed.
+
+    If the layer was made from a `kind`, it is that again, with all that only this class has, such as a ghost size.
+
+    Args:
+        layer: a batch norm, torchvision's frozen one included.
+        kind: the class to make.
+        options: arguments of `kind` beyond those of every batch norm.
+        model: that the layer is in.
+    """
+    origin = origin_of(layer)
+    returns = origin is not None and origin.kind is kind and not options
+    new = _blank(layer, kind, origin.attributes if returns and origin is not None else None, options)
+    _move_state(layer, new)
+    vars(new).update({name: vars(layer)[name] for name in CARRIED if name in vars(layer)})
+    if not returns:
+        vars(new)["_origin"] = Origin(type(layer), _own_attributes(layer), layer.training, model.training)
+    was_frozen = isinstance(layer, FROZEN) or not isinstance(layer, _BatchNorm)
+    new.training = _mode_now(layer, model) if was_frozen and not isinstance(new, FROZEN) else layer.training
+    if isinstance(new, FROZEN):
+        new.training = False
+    return new
+
+
+def _mode_now(layer: nn.Module, model: nn.Module) -> bool:
+    """The mode that a frozen layer would have, were it not: as before, or as the model's mode has changed since."""
+    origin = origin_of(layer)
+    if origin is None:
+        return model.training
+    if layer is model or model.training == origin.model_training:
+        return origin.training
+    return model.training
+
+
+def _blank(
+    layer: nn.Module, kind: type[_BatchNorm], attributes: dict[str, Any] | None, options: dict[str, Any]
+) -> _BatchNorm:
+    """A `kind` with the layer's settings and no tensors yet."""
+    settings = settings_of(layer)
+    if attributes is not None:
+        new = kind.__new__(kind)
+        nn.Module.__init__(new)
+        vars(new).update(attributes | settings)
+    else:
+        new = kind(settings["num_features"], momentum=settings["momentum"], device="meta", **options)
+        vars(new).update(settings)
+    for name in _OPTIONS:
+        if hasattr(layer, name) and hasattr(new, name) and name not in options:
+            setattr(new, name, getattr(layer, name))
+    if issubclass(kind, OURS) and "activation" not in options:
+        vars(new)["activation"] = activation_of(layer)
+    return new
+
+
+def settings_of(layer: nn.Module) -> dict[str, Any]:
+    """The attributes that every batch norm has."""
+    found = {name: vars(layer)[name] for name in _SETTINGS if name in vars(layer)}
+    mean = layer.running_mean
+    channels = mean.numel() if isinstance(mean, Tensor) else found.get("num_features")
+    defaults = {"num_features": channels, "eps": 1e-5, "momentum": 0.1, "affine": True, "track_running_stats": True}
+    return defaults | found
+
+
+def _own_attributes(layer: nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in vars(layer).items() if name not in {*_MODULE_STATE, *CARRIED}}
+
+
+_MODULE_STATE = frozenset(vars(nn.Module()))
+
+
+def _move_state(layer: nn.Module, new: nn.Module) -> None:
+    """Parameters, buffers, children and hooks. The dicts of hooks are shared, so that handles still remove them."""
+    tensors = {name: vars(layer)[name].copy() for name in ("_parameters", "_buffers", "_modules")}
+    for name in _MODULE_STATE - {"training"}:
+        vars(new)[name] = tensors.get(name, vars(layer).get(name))
+    vars(new)["_non_persistent_buffers_set"] = set(layer._non_persistent_buffers_set)
+    _complete(new)
+
+
+def _complete(new: nn.Module) -> None:
+    """What torchvision's frozen layer holds otherwise, as torch.nn's batch norms do."""
+    for name in ("weight", "bias"):
+        if name in new._buffers:
+            tensor = new._buffers.pop(name)
+            new._parameters[name] = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
+        new._parameters.setdefault(name, None)
+    for name in ("running_mean", "running_var"):
+        new._buffers.setdefault(name, None)
+    mean = new._buffers["running_mean"]
+    if "num_batches_tracked" not in new._buffers:
+        count = None if mean is None else torch.zeros((), dtype=torch.long, device=mean.device)
+        new._buffers["num_batches_tracked"] = count
