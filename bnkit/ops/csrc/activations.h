@@ -9,6 +9,9 @@
 #include "batch_norm.h"
 #include "element.h"
 
+/* Adds the next coefficient of a polynomial in x. */
+INLINE vec horner(vec p, vec x, real coefficient) { return multiply_add(p, x, broadcast(coefficient)); }
+
 #if TYPE == TYPE_float64
 
 #define LANEWISE(name, expression)                                                                                     \
@@ -33,13 +36,13 @@ INLINE vec vector_exp(vec x)
     x = choose(x > 89.0f, broadcast(89.0f), x);
     x = choose(x < -88.0f, broadcast(-88.0f), x);
     const float to_integer = 0x1.8p23f;
-    const vec shifted = x * 1.44269504f + to_integer, n = shifted - to_integer;
-    const vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    vec p = r * 0.00139504892f + 0.00836888956f;
-    p = p * r + 0.0416662058f;
-    p = p * r + 0.166665188f;
-    p = p * r + 0.50000001f;
-    p = p * (r * r) + r + 1.0f;
+    const vec shifted = horner(x, broadcast(1.44269504f), to_integer), n = shifted - to_integer;
+    const vec r = multiply_add(n, broadcast(2.12194440e-4f), multiply_add(n, broadcast(-0.693359375f), x));
+    vec p = horner(broadcast(0.00139504892f), r, 0.00836888956f);
+    p = horner(p, r, 0.0416662058f);
+    p = horner(p, r, 0.166665188f);
+    p = horner(p, r, 0.50000001f);
+    p = multiply_add(p, r * r, r) + 1.0f;
     const ivec exponent = ((ivec)shifted + 127) << 23;
     return p * (vec)exponent;
 }
@@ -47,11 +50,11 @@ INLINE vec vector_exp(vec x)
 INLINE vec vector_tanh(vec x)
 {
     const vec t = absolute(x), s = x * x;
-    vec p = s * -0.00545349424f + 0.0204129146f;
-    p = p * s - 0.0536705343f;
-    p = p * s + 0.133306229f;
-    p = p * s - 0.333332525f;
-    const vec near_zero = p * s * x + x;
+    vec p = horner(broadcast(-0.00545349424f), s, 0.0204129146f);
+    p = horner(p, s, -0.0536705343f);
+    p = horner(p, s, 0.133306229f);
+    p = horner(p, s, -0.333332525f);
+    const vec near_zero = multiply_add(p * s, x, x);
     const vec far = with_sign_of(1.0f - 2.0f / (vector_exp(t + t) + 1.0f), x);
     return choose(t < 0.66f, near_zero, far);
 }
@@ -60,22 +63,22 @@ INLINE vec vector_tanh(vec x)
 INLINE vec vector_erf(vec x)
 {
     const vec s = x * x;
-    vec p = s * -0.000593187999f + 0.00498215237f;
-    p = p * s - 0.0267595866f;
-    p = p * s + 0.112816402f;
-    p = p * s - 0.376124792f;
-    p = p * s + 0.128379148f;
-    const vec near_zero = p * x + x;
+    vec p = horner(broadcast(-0.000593187999f), s, 0.00498215237f);
+    p = horner(p, s, -0.0267595866f);
+    p = horner(p, s, 0.112816402f);
+    p = horner(p, s, -0.376124792f);
+    p = horner(p, s, 0.128379148f);
+    const vec near_zero = multiply_add(p, x, x);
     vec t = absolute(x);
     const ivec is_near = t < 0.93f;
     t = choose(t > 4.0f, broadcast(4.0f), t);
-    vec q = t * 1.15224641e-05f - 0.000325654375f;
-    q = q * t + 0.00365377058f;
-    q = q * t - 0.0237853603f;
-    q = q * t + 0.106263161f;
-    q = q * t + 0.635135904f;
-    q = q * t + 0.128652164f;
-    const vec far = with_sign_of(1.0f - vector_exp(-(q * t + t)), x);
+    vec q = horner(broadcast(1.15224641e-05f), t, -0.000325654375f);
+    q = horner(q, t, 0.00365377058f);
+    q = horner(q, t, -0.0237853603f);
+    q = horner(q, t, 0.106263161f);
+    q = horner(q, t, 0.635135904f);
+    q = horner(q, t, 0.128652164f);
+    const vec far = with_sign_of(1.0f - vector_exp(-multiply_add(q, t, t)), x);
     return choose(is_near, near_zero, far);
 }
 
@@ -109,10 +112,10 @@ static __attribute__((noinline)) vec other_slope(vec z, int activation)
     vec s;
     switch (activation) {
     case BNKIT_LEAKY_RELU: return choose(z > (real)0, broadcast(1), broadcast((real)0.01));
-    case BNKIT_SILU: s = sigmoid(z); return s * ((real)1 + z * ((real)1 - s));
-    case BNKIT_GELU: return normal_cdf(z) + z * normal_density(z);
+    case BNKIT_SILU: s = sigmoid(z); return s * horner(z, (real)1 - s, 1);
+    case BNKIT_GELU: return multiply_add(z, normal_density(z), normal_cdf(z));
     case BNKIT_HARDSWISH:
-        s = choose(z < (real)3, z * ((real)1 / 3) + (real)0.5, broadcast(1));
+        s = choose(z < (real)3, horner(z, broadcast((real)1 / 3), (real)0.5), broadcast(1));
         return choose(z <= (real)-3, (vec){0}, s);
     case BNKIT_SIGMOID: s = sigmoid(z); return s * ((real)1 - s);
     default: s = vector_tanh(z); return (real)1 - s * s;

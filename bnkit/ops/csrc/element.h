@@ -134,6 +134,23 @@ INLINE int64_t misaligned(const elem *p) { return (int64_t)((-(uintptr_t)p % siz
 
 INLINE vec broadcast(real value) { return value - (vec){0}; }
 
+/* a * b + c, rounded once where the instruction set can, else twice. The compiler is told to fuse nothing by itself: it
+ * may choose differently in each copy of a loop, and which copy an element meets depends on the number of threads. */
+INLINE vec multiply_add(vec a, vec b, vec c)
+{
+#if defined(BNKIT_AVX512) && TYPE == TYPE_float64
+    return (vec)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif defined(BNKIT_AVX512)
+    return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(BNKIT_AVX2) && TYPE == TYPE_float64
+    return (vec)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#elif defined(BNKIT_AVX2)
+    return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return a * b + c;
+#endif
+}
+
 INLINE vec choose(ivec condition, vec yes, vec no)
 {
     return (vec)((condition & (ivec)yes) | (~condition & (ivec)no));

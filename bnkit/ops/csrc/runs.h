@@ -56,12 +56,12 @@ INLINE void sum_run(const elem *x, int64_t next, int64_t n, real shift, accumula
     for (; i + LANES <= n; i += LANES) {
         const vec d = load(x + i, LANES) - shift;
         rest += d;
-        rest_squares += d * d;
+        rest_squares = multiply_add(d, d, rest_squares);
     }
     if (i < n) {
         const vec d = first_lanes(load(x + i, n - i) - shift, n - i);
         rest += d;
-        rest_squares += d * d;
+        rest_squares = multiply_add(d, d, rest_squares);
     }
     accumulate(sum, rest);
     accumulate(squares, rest_squares);
@@ -117,13 +117,13 @@ INLINE void sum_gradient_run(const elem *dy, const elem *x, const elem *residual
     for (; i + LANES <= n; i += LANES) {
         const vec from_x = load(x + i, LANES), dz = vector_dz(dy + i, from_x, residual + i, m, activation, add, LANES);
         rest += dz;
-        rest_dot += dz * (from_x - m.shift);
+        rest_dot = multiply_add(dz, from_x - m.shift, rest_dot);
     }
     if (i < n) {
         const vec from_x = load(x + i, n - i);
         const vec dz = first_lanes(vector_dz(dy + i, from_x, residual + i, m, activation, add, n - i), n - i);
         rest += dz;
-        rest_dot += dz * (from_x - m.shift);
+        rest_dot = multiply_add(dz, from_x - m.shift, rest_dot);
     }
     accumulate(sum, rest);
     accumulate(dot, rest_dot);

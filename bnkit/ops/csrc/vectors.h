@@ -39,15 +39,17 @@ INLINE vec tree_sum(const vec v[UNROLL])
 
 INLINE vec tree_dot(const vec v[UNROLL], const vec w[UNROLL])
 {
-    return ((v[0] * w[0] + v[1] * w[1]) + (v[2] * w[2] + v[3] * w[3])) +
-           ((v[4] * w[4] + v[5] * w[5]) + (v[6] * w[6] + v[7] * w[7]));
+    vec pairs[UNROLL / 2];
+    for (int k = 0; k < UNROLL / 2; k++)
+        pairs[k] = multiply_add(v[2 * k], w[2 * k], v[2 * k + 1] * w[2 * k + 1]);
+    return (pairs[0] + pairs[1]) + (pairs[2] + pairs[3]);
 }
 
 /* Below, n is LANES or a tail's length; pointers are to the vector's first element. `residual` counts if `add`. */
 
 INLINE vec before_activation(vec x, const elem *residual, vec_maps m, bool add, int64_t n)
 {
-    const vec z = (x - m.shift) * m.scale + m.offset;
+    const vec z = multiply_add(x - m.shift, m.scale, m.offset);
     return add ? z + load(residual, n) : z;
 }
 
@@ -70,7 +72,7 @@ INLINE void gradient_vector(const elem *dy, const elem *x, const elem *residual,
 {
     const vec from_x = load(x, n), dz = vector_dz(dy, from_x, residual, m, activation, add, n);
     if (dx && through_x)
-        store(dx, dz * m.scale + ((from_x - m.shift) * m.slope + m.constant), n, stream);
+        store(dx, multiply_add(dz, m.scale, multiply_add(from_x - m.shift, m.slope, m.constant)), n, stream);
     else if (dx)
         store(dx, dz * m.scale, n, stream);
     if (dresidual)
