@@ -109,19 +109,13 @@ def _check_tensors(
         raise UserError(
             f"expected input of shape (N, C) or (N, C, *), got {tuple(x.shape)}; add the missing dimension."
         )
-    if training and (running_mean is None) != (running_var is None):
-        raise UserError("running_mean and running_var must either both be None or neither be None; pass the other too.")
+    if running_mean is None or running_var is None:
+        _check_absent(running_mean, running_var, training)
     channels = x.shape[1] if x.dim() > 1 else 0
-    for name, tensor in (
-        ("running_mean", running_mean),
-        ("running_var", running_var),
-        ("weight", weight),
-        ("bias", bias),
-    ):
-        if tensor is not None and tensor.numel() != channels:
-            raise RuntimeError(f"{name} should contain {channels} elements not {tensor.numel()}")
-        if tensor is None and not training and name.startswith("running"):
-            raise RuntimeError(f"{name} must be defined in evaluation mode")
+    _check_size("running_mean", running_mean, channels)
+    _check_size("running_var", running_var, channels)
+    _check_size("weight", weight, channels)
+    _check_size("bias", bias, channels)
     if residual is not None and residual.shape != x.shape:
         raise UserError(
             f"residual must have the input's shape {tuple(x.shape)}, got {tuple(residual.shape)}; "
@@ -129,19 +123,38 @@ def _check_tensors(
         )
 
 
+def _check_absent(running_mean: Tensor | None, running_var: Tensor | None, training: bool) -> None:
+    if training and running_mean is not running_var:
+        raise UserError("running_mean and running_var must either both be None or neither be None; pass the other too.")
+    if not training:
+        name = "running_mean" if running_mean is None else "running_var"
+        raise RuntimeError(f"{name} must be defined in evaluation mode")
+
+
+def _check_size(name: str, tensor: Tensor | None, channels: int) -> None:
+    if tensor is not None and tensor.numel() != channels:
+        raise RuntimeError(f"{name} should contain {channels} elements not {tensor.numel()}")
+
+
 def _check_values(x: Tensor, training: bool, eps: float, activation: str | None) -> None:
-    if training and x.shape[0] * math.prod(x.shape[2:]) == 1:
+    # The first comparison is cheap, and tells all but empty batches apart from this mistake.
+    if training and x.dim() > 1 and x.numel() <= x.shape[1] and x.shape[0] * math.prod(x.shape[2:]) == 1:
         raise UserError(
             f"Expected more than 1 value per channel when training, got input size {x.shape}: the variance of one "
             "value is 0, so every output would be the bias; use a larger batch, drop_last=True in the DataLoader, "
             "or eval mode for this layer."
         )
-    if training and eps <= 0.0:
+    if eps <= 0.0:
+        _check_eps(eps, training)
+    if activation is not None and activation not in ops.ACTIVATIONS:
+        raise unknown("activation", activation, ops.ACTIVATIONS)
+
+
+def _check_eps(eps: float, training: bool) -> None:
+    if training:
         raise UserError(f"batch_norm eps must be positive during training, but got {eps}; the usual value is 1e-5.")
     if eps < 0.0:
         raise UserError(f"batch_norm eps must be non-negative, but got {eps}; the usual value is 1e-5.")
-    if activation is not None and activation not in ops.ACTIVATIONS:
-        raise unknown("activation", activation, ops.ACTIVATIONS)
 
 
 def check_inplace(activation: str | None, residual: object = None) -> None:

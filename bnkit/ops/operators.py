@@ -90,7 +90,7 @@ def _batch_norm_backward(
 
 
 def _fake_forward(x: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
-    y = torch.empty_like(_laid_out(x))
+    y = x.new_empty_strided(x.shape, _strides(x))
     mean = x.new_empty(x.shape[1], dtype=torch.float64)
     return y, mean, torch.empty_like(mean, dtype=_INVSTD[x.device.type])
 
@@ -107,9 +107,9 @@ def _fake_backward(
     residual: Tensor | None,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    x = _laid_out(x)
-    likes = zip((x, x, weight, bias), needs, strict=True)
-    return [torch.empty_like(like) for like, needed in likes if needed and like is not None]
+    slabs = [x.new_empty_strided(x.shape, _strides(x)) for needed in needs[:2] if needed]
+    parameters = zip((weight, bias), needs[2:], strict=True)
+    return slabs + [torch.empty_like(p) for p, needed in parameters if needed and p is not None]
 
 
 _library.impl("batch_norm", _batch_norm, "CompositeImplicitAutograd")
@@ -130,10 +130,34 @@ def _backend_for(x: Tensor, parameters: Sequence[Tensor | None], residual: Tenso
 
 
 def _laid_out(x: Tensor) -> Tensor:
-    """x with strides that every backend keeps in its results: itself, if the channel is innermost or next to it."""
-    if x.is_contiguous() or x.movedim(1, -1).is_contiguous():
+    """x with the strides that all results have, copied if need be."""
+    strides = _strides(x)
+    if x.stride() == strides:
         return x
-    return x.movedim(1, -1).contiguous().movedim(-1, 1) if x.stride(1) == 1 else x.contiguous()
+    if x.is_contiguous() or x.movedim(1, -1).is_contiguous():  # but for dimensions of size 1
+        return x.as_strided(x.shape, strides)
+    return x.new_empty_strided(x.shape, strides).copy_(x)
+
+
+def _strides(x: Tensor) -> tuple[int, ...]:
+    """The channel innermost if it is in x, else contiguous.
+
+    Spelled out, since eager and fake tensors differ in what `empty_like` makes of strides of dimensions of size 1.
+    """
+    rows, contiguous = _strides_of(x.shape, innermost=1), _strides_of(x.shape, innermost=x.dim() - 1)
+    if x.stride() == rows:
+        return rows
+    return contiguous if x.is_contiguous() or x.stride(1) != 1 else rows
+
+
+def _strides_of(shape: Sequence[int], innermost: int) -> tuple[int, ...]:
+    """Those of a dense tensor with one dimension innermost, and the others in their order."""
+    order = [*(d for d in range(len(shape)) if d != innermost), innermost]
+    strides, step = [0] * len(shape), 1
+    for dimension in reversed(order):
+        strides[dimension] = step
+        step = step * max(shape[dimension], 1)
+    return tuple(strides)
 
 
 class _Operators:
