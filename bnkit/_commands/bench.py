@@ -23,6 +23,25 @@ def compare(
     _benchmark("bench_compare").main(rounds, save)
 
 
+@app.command()
+def steps(
+    rounds: Annotated[int, typer.Option(help="Steps of each network and setting.")] = 7,
+    save: Annotated[bool, typer.Option("--save", help="Write benchmarks/results/steps.csv.")] = False,
+    compiled: Annotated[bool, typer.Option(help="Also measure torch.compile, which takes most of the time.")] = True,
+) -> None:
+    """Training steps of ResNets on bnkit's layers against plain PyTorch, eager and compiled."""
+    _benchmark("bench_steps").main(rounds, save, compiled)
+
+
+@app.command()
+def train(
+    rounds: Annotated[int, typer.Option(help="Epochs of each side.")] = 5,
+    save: Annotated[bool, typer.Option("--save", help="Write benchmarks/results/train.csv.")] = False,
+) -> None:
+    """Images a second of `bnkit train` against the usual training scripts."""
+    _benchmark("bench_train").main(rounds, save)
+
+
 def _benchmark(name: str) -> Any:
     path = Path(__file__).parents[2] / "benchmarks" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(name, path) if path.exists() else None
