@@ -26,7 +26,7 @@ def sync_batch_norm(
     exchange: Exchange,
 ) -> Tensor:
     """`functional.batch_norm` in training, with the moments of the batches of all ranks of an `Exchange`."""
-    _check(x, weight if weight is not None else running_mean, eps, residual)
+    _check(x, eps, residual)
     mine = Moments.of(x, (0, *range(2, x.dim())))
     count, mean, m2 = _MergedMoments.apply(mine.count, mine.mean.double() + mine.mean_error, mine.m2.double(), exchange)
     _check_count(count, x)
@@ -38,7 +38,7 @@ def sync_batch_norm(
     return reference.normalize(x, rounded, invstd, weight, bias, activation, residual, (mean - rounded).to(dtype))
 
 
-def _check(x: Tensor, per_channel: Tensor | None, eps: float, residual: Tensor | None) -> None:
+def _check(x: Tensor, eps: float, residual: Tensor | None) -> None:
     """What can be known before ranks depend on each other."""
     if not x.is_floating_point():
         raise NotImplementedError(f'"batch_norm" not implemented for {x.dtype}; convert the input, as with x.float().')
@@ -46,8 +46,6 @@ def _check(x: Tensor, per_channel: Tensor | None, eps: float, residual: Tensor |
         x.dim() >= 2, f"expected input of shape (N, C) or (N, C, *), got {tuple(x.shape)}; add the missing dimension."
     )
     require(eps > 0.0, f"batch_norm eps must be positive during training, but got {eps}; the usual value is 1e-5.")
-    if per_channel is not None and len(per_channel) != x.shape[1]:
-        raise RuntimeError(f"the layer has {len(per_channel)} channels, the input of shape {tuple(x.shape)} does not")
     if residual is not None and residual.shape != x.shape:
         raise UserError(
             f"residual must have the input's shape {tuple(x.shape)}, got {tuple(residual.shape)}; "

@@ -144,7 +144,7 @@ class Exchange:
         if not result.is_cpu and self.timeout is None:
             start().wait()
             return
-        place = f"the {direction} pass of {self.label}, {self.number}. of its group to be called, in call {roll.calls}"
+        place = f"the {direction} pass of {self.label} (layer {self.number} by first call, call {roll.calls})"
         began = time.monotonic()
         try:
             waited = self._wait(start(), lambda: roll.report(place))
@@ -161,11 +161,12 @@ class Exchange:
         try:
             work.wait(datetime.timedelta(seconds=patience))
         except RuntimeError:
-            if work.is_completed():  # it failed; otherwise it is merely not done yet
-                raise
-            report()
+            # Not done yet, or it failed, or this backend knows no such waiting: then the second time tells.
+            waits = not work.is_completed()
+            if waits:
+                report()
             work.wait()
-            return True
+            return waits
         return False
 
 

@@ -6,6 +6,7 @@ from ._average import EMA, average
 from ._guard import guard_statistics
 from ._preserve import preserve_statistics
 from ._recalibrate import METHODS, recalibrate
+from ._reduce import reduce_statistics
 from ._result import Drift, Recalibration
 
 __all__ = [
@@ -19,4 +20,5 @@ __all__ = [
     "guard_statistics",
     "preserve_statistics",
     "recalibrate",
+    "reduce_statistics",
 ]
