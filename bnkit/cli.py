@@ -11,7 +11,7 @@ import typer
 
 from ._allocator import tune_allocator
 from ._checks import UserError
-from ._commands import bench, compare, evaluate, models, train
+from ._commands import adapt, bench, compare, convert, evaluate, models, recalibrate, train
 
 app = typer.Typer(
     help="Batch normalization for PyTorch, end to end.",
@@ -23,6 +23,9 @@ app.command()(compare.compare)
 app.command()(train.train)
 app.command()(evaluate.evaluate)
 app.command()(models.models)
+app.command()(recalibrate.recalibrate)
+app.command()(adapt.adapt)
+app.command()(convert.convert)
 app.add_typer(bench.app, name="bench")
 
 

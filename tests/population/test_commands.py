@@ -1,0 +1,113 @@
+"""The commands on a small network and the bundled digits, alone and under torchrun."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from bnkit import UserError, models
+from bnkit._weights import load_weights, read_weights, save_weights
+from bnkit.cli import app
+from bnkit.data import load
+from bnkit.population import adapt, recalibrate
+
+MODEL = ["bnkit:lenet5", "-o", "num_classes=10"]
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    save_weights(models.create("lenet5", num_classes=10, in_channels=1), tmp_path / "before.pt")
+    return tmp_path / "before.pt"
+
+
+def network(path: Path):
+    model = models.create("lenet5", num_classes=10, in_channels=1)
+    load_weights(model, path)
+    return model
+
+
+def digits(split: str = "train") -> list[torch.Tensor]:
+    images = load("digits")
+    pixels = getattr(images, f"{split}_images").float() / 255
+    return list(((pixels - images.mean) / images.std).split(100))
+
+
+def call(*arguments: object):
+    return CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
+
+
+def assert_same(path: Path, model) -> None:
+    for name, value in read_weights(path).items():
+        torch.testing.assert_close(value, model.state_dict()[name], rtol=1e-5, atol=1e-5)
+
+
+def test_recalibrate(checkpoint, tmp_path):
+    out = tmp_path / "after.safetensors"
+    done = call("recalibrate", *MODEL, checkpoint, "--data", "digits", "--out", out, "--batch-size", 100)
+    assert done.exit_code == 0
+    assert "Recalibration: " in done.output
+    assert f"Wrote {out}" in done.output
+    model = network(checkpoint)
+    recalibrate(model, digits())
+    assert_same(out, model)
+
+
+def test_adapt_as_json(checkpoint, tmp_path):
+    out = tmp_path / "after.pt"
+    arguments = ["--data", "digits", "--out", out, "--batch-size", 100, "--batches", 2, "--source-weight", 50, "--json"]
+    facts = json.loads(call("adapt", *MODEL, checkpoint, *arguments).stdout)
+    model = network(checkpoint)
+    result = adapt(model, digits("test"), 50, num_batches=2)
+    assert facts["batches"] == 2
+    assert facts["layers"].keys() == result.layers.keys()
+    assert_same(out, model)
+
+
+def test_two_processes_are_one(checkpoint, tmp_path):
+    out = tmp_path / "after.pt"
+    arguments = ["recalibrate", *MODEL, str(checkpoint), "--data", "digits", "--out", str(out), "--batch-size", "100"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "bnkit.cli"]
+    done = subprocess.run([sys.executable, *launch, *arguments], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    model = network(checkpoint)
+    recalibrate(model, digits())
+    assert_same(out, model)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--split", "val"], "--split must be train or test, got val"),
+        (["--normalize", "imagenet"], "imagenet is for 3 channels"),
+        (["--normalize", "own"], "unknown normalization 'own'"),
+        (["--method", "pool"], "unknown method 'pool': did you mean pooled"),
+        (["--device", "tpu"], "--device must be auto, cpu or cuda, got tpu"),
+        (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+    ],
+)
+def test_mistakes(checkpoint, tmp_path, arguments, message):
+    out = tmp_path / "after.pt"
+    with pytest.raises(UserError, match=message):
+        call("recalibrate", *MODEL, checkpoint, "--data", "digits", "--out", out, *arguments)
+    assert not out.exists()
+
+
+def test_convert(checkpoint, tmp_path):
+    out = tmp_path / "ghost.pt"
+    done = call(
+        *("convert", *MODEL, "-o", "in_channels=1", checkpoint, "--to", "ghost"),
+        *("--norm-option", "ghost_size=8", "--out", out),
+    )
+    assert "GhostBatchNorm" in done.output
+    assert_same(out, network(checkpoint))
+    done = call("convert", *MODEL, "--to", "frozen", "--where", "*1*", "--json")
+    facts = json.loads(done.stdout)
+    assert facts["changed"]
+    with pytest.raises(UserError, match="--norm-option is NAME=VALUE"):
+        call("convert", *MODEL, "--norm-option", "ghost_size")
