@@ -4,7 +4,7 @@ from . import data, experiments, functional, models, moments, nn, population, re
 from ._allocator import tune_allocator
 from ._checks import UserError
 from .population import adapt, average, preserve_statistics, recalibrate
-from .surgery import convert, fold, freeze, insert, unfreeze
+from .surgery import convert, fold, freeze, fuse, insert, unfreeze
 
 __all__ = [
     "UserError",
@@ -16,6 +16,7 @@ __all__ = [
     "fold",
     "freeze",
     "functional",
+    "fuse",
     "insert",
     "models",
     "moments",

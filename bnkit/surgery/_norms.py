@@ -28,13 +28,24 @@ def uses_running_statistics(module: nn.Module, training: bool) -> bool:
     return has_them and (not training or _is_foreign_frozen(module))
 
 
+def is_torchs(module: nn.Module) -> bool:
+    """Whether it normalizes as torch.nn's layers do."""
+    return type(module).forward in _TORCH_FORWARDS
+
+
+def is_ours(module: nn.Module) -> bool:
+    """Whether it normalizes, adds and activates as bnkit's layers do."""
+    return type(module).forward in _OUR_FORWARDS
+
+
+def is_timms(module: nn.Module) -> bool:
+    """Whether it is timm's, with an activation."""
+    return type(module).__name__ in _TIMM_CLASSES
+
+
 def is_known(module: nn.Module) -> bool:
     """Whether its forward is one of which we know what it computes."""
-    return (
-        type(module).forward in _TORCH_FORWARDS | _OUR_FORWARDS
-        or type(module).__name__ in _TIMM_CLASSES
-        or _is_foreign_frozen(module)
-    )
+    return is_torchs(module) or is_ours(module) or is_timms(module) or _is_foreign_frozen(module)
 
 
 def affine_of(module: nn.Module) -> tuple[Tensor, Tensor]:
@@ -58,7 +69,7 @@ def remainder_of(module: nn.Module, adds: bool) -> nn.Module:
         adds: whether it is called with a residual.
     """
     activation = getattr(module, "activation", None)
-    if type(module).forward in _OUR_FORWARDS and (adds or activation is not None):
+    if is_ours(module) and (adds or activation is not None):
         return AddAndActivate(activation)
     parts: OrderedDict[str, nn.Module] = OrderedDict(
         (name, child) for name, child in module.named_children() if name in ("drop", "act")

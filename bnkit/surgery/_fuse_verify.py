@@ -1,0 +1,77 @@
+"""Compares two models in training mode: outputs, gradients, running statistics; in float64, where rounding is small."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from .._checks import UserError
+from ..graph import Forward, apply, device_of, moved, tensors_in
+from ._operation import copied
+from ._verify import relative_error
+
+_TOLERANCE = 1e-6
+
+
+def trained(model: nn.Module, example: Any, forward: Forward | None) -> dict[str, Tensor] | None:
+    """Outputs, gradients and buffers after one forward and backward pass of a float64 copy in training mode.
+
+    None if the model can't be copied, or can't run so.
+    """
+    try:
+        twin = copied(model).double().train()
+        example = moved(_in_double(example), device_of(twin))
+        with torch.random.fork_rng(), torch.enable_grad():
+            torch.manual_seed(0)
+            outputs = [t for t in tensors_in(apply(twin, example, forward)) if t.requires_grad]
+            upstream = [torch.randn_like(t) for t in outputs]
+            parameters = {name: p for name, p in twin.named_parameters() if p.requires_grad}
+            gradients = torch.autograd.grad(outputs, list(parameters.values()), upstream, allow_unused=True)
+    except Exception:  # a forward made for float32, a detector without targets, one value a channel
+        return None
+    found = {f"output {i}": t.detach() for i, t in enumerate(outputs)}
+    found |= {f"gradient of {n}": g for n, g in zip(parameters, gradients, strict=True) if g is not None}
+    return found | {f"buffer {name}": buffer for name, buffer in twin.named_buffers()}
+
+
+def check_training(model: nn.Module, example: Any, forward: Forward | None, expected: dict[str, Tensor] | None) -> None:
+    """Refuse a model that trains in another way than expected.
+
+    Raises:
+        UserError: it does.
+    """
+    if expected is None:
+        return
+    found = trained(model, example, forward)
+    assert found is not None, "the fused model must run in float64 where the original does"
+    largest = _largest_of_each_kind(expected)
+    for name, tensor in expected.items():
+        other = found.get(name)
+        # A bias that a batch norm cancels has a gradient of rounding errors: compare with the largest of the kind.
+        floor = torch.full((1,), largest[_kind(name, tensor)], dtype=torch.float64, device=tensor.device)
+        pair = None if other is None else torch.cat([other.double().flatten(), floor])
+        error = relative_error(pair, torch.cat([tensor.double().flatten(), floor]))
+        if not error <= _TOLERANCE:
+            raise UserError(
+                f"fuse must leave training as it was, but the {name} differs by {error:.1e}; nothing was changed. "
+                "Leave modules out with where=, and please report it."
+            )
+
+
+def _kind(name: str, tensor: Tensor) -> str:
+    return name.split()[0] if tensor.is_floating_point() else name
+
+
+def _largest_of_each_kind(tensors: dict[str, Tensor]) -> dict[str, float]:
+    largest: dict[str, float] = {}
+    for name, tensor in tensors.items():
+        kind, size = _kind(name, tensor), float(tensor.abs().max()) if tensor.numel() else 0.0
+        largest[kind] = max(size, largest.get(kind, 0.0))
+    return largest
+
+
+def _in_double(example: Any) -> Any:
+    return tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, example)
