@@ -129,12 +129,10 @@ def has_bias(norm: Norm, placement: str = "before") -> bool:
 
 
 def _batch_relative(name: str) -> Callable[[int, int], nn.Module]:
-    """The class `name` of bnkit.nn, or its form for the number of dimensions."""
+    """The class `name` of bnkit.nn, in its form for the number of dimensions if it has one."""
 
     def make(num_features: int, dims: int) -> nn.Module:
-        kind = getattr(layers, f"{name}{dims}d", None) or getattr(layers, name, None)
-        if kind is None:
-            raise UserError(f"this norm needs bnkit.nn.{name}, which this version lacks: use batch or group.")
+        kind = getattr(layers, f"{name}{dims}d", None) or getattr(layers, name)
         return kind(num_features)
 
     return make

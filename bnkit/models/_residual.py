@@ -55,6 +55,13 @@ class Style:
             init=self.init,
         )
 
+    def last_conv(self, in_channels: int, out_channels: int, kernel: int) -> nn.Conv2d:
+        """The convolution at the end of a branch that no norm follows."""
+        layer = self.conv(in_channels, out_channels, kernel)
+        if self.zero_init_residual:
+            nn.init.zeros_(layer.weight)
+        return layer
+
     def norm_and_activation(self, channels: int) -> tuple[nn.Module, nn.Module]:
         """The pair inside a branch."""
         return norm_and_activation(self.norm, channels, activation=self.activation)
@@ -184,7 +191,7 @@ class PreactBasicBlock(nn.Module):
         self.bn1, self.act1 = style.norm_and_activation(in_channels)
         self.conv1 = style.conv(in_channels, planes, 3, stride)
         self.bn2, self.act2 = style.norm_and_activation(planes)
-        self.conv2 = style.conv(planes, planes, 3)
+        self.conv2 = style.last_conv(planes, planes, 3)
         self.se = style.squeeze_excite(planes)
         self.reshapes = style.reshapes(in_channels, planes, stride)
         self.downsample = style.shortcut_layer(in_channels, planes, stride, normalized=False)
@@ -208,7 +215,7 @@ class PreactBottleneck(nn.Module):
         self.bn2, self.act2 = style.norm_and_activation(planes)
         self.conv2 = style.conv(planes, planes, 3, stride)
         self.bn3, self.act3 = style.norm_and_activation(planes)
-        self.conv3 = style.conv(planes, out_channels, 1)
+        self.conv3 = style.last_conv(planes, out_channels, 1)
         self.se = style.squeeze_excite(out_channels)
         self.reshapes = style.reshapes(in_channels, out_channels, stride)
         self.downsample = style.shortcut_layer(in_channels, out_channels, stride, normalized=False)

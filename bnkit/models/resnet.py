@@ -142,6 +142,7 @@ class PreactResNet(nn.Module):
             `ResNet`; three stages have that for small images.
         width: Channels of the first stage, ahead of the blocks' expansion.
         shortcut: `"A"`, `"B"`, `"C"` or `"none"`, see `ResNet`. A projection is a convolution alone.
+        zero_init_residual: Start with branches that give zero: the last convolution of each has weight 0.
         norm, num_classes, in_channels, se, activation, init: As in `ResNet`.
 
     Raises:
@@ -160,11 +161,12 @@ class PreactResNet(nn.Module):
         width: int = 64,
         shortcut: str = "B",
         se: bool | int = False,
+        zero_init_residual: bool = False,
         activation: Activation = "relu",
         init: Init = "kaiming",
     ):
         super().__init__()
-        style = Style(norm, activation, init, shortcut, reduction_of(se))
+        style = Style(norm, activation, init, shortcut, reduction_of(se), zero_init_residual)
         check_image_size(image_size, 2 ** (len(depths) - 1), f"a residual network of {len(depths)} stages")
         self.conv1, self.maxpool = stem(in_channels, width, image_size if len(depths) == 4 else 0, style)
         self.layers = nn.Sequential(*stages(block, width, width, depths, style))

@@ -224,6 +224,16 @@ def test_zero_init_residual_starts_as_the_shortcuts_alone(name: str) -> None:
         models.create(name, "none", zero_init_residual=True, width=8)
 
 
+@pytest.mark.parametrize("name", ["preact_resnet20", "preact_resnet50"])
+def test_zero_init_residual_of_preactivated_blocks(name: str) -> None:
+    model = models.create(name, "none", zero_init_residual=True, width=8, image_size=32, num_classes=5)
+    blocks = [m for m in model.modules() if isinstance(m, (PreactBasicBlock, PreactBottleneck)) and not m.reshapes]
+    for block in blocks:
+        x = torch.randn(2, block.conv1.in_channels, 4, 4)
+        assert torch.equal(block(x), x)
+    assert len(blocks) >= 7
+
+
 def test_initialization_is_he_s() -> None:
     model = models.create("resnet18")
     weight = model.get_parameter("layer3.0.conv2.weight")
