@@ -11,7 +11,7 @@ import typer
 
 from ._allocator import tune_allocator
 from ._checks import UserError
-from ._commands import adapt, bench, compare, convert, evaluate, models, recalibrate, train
+from ._commands import adapt, bench, compare, convert, evaluate, fold, insert, models, recalibrate, train
 
 app = typer.Typer(
     help="Batch normalization for PyTorch, end to end.",
@@ -26,6 +26,8 @@ app.command()(models.models)
 app.command()(recalibrate.recalibrate)
 app.command()(adapt.adapt)
 app.command()(convert.convert)
+app.command()(insert.insert)
+app.command()(fold.fold)
 app.add_typer(bench.app, name="bench")
 
 

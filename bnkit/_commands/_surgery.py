@@ -1,0 +1,75 @@
+"""What `insert` and `fold` share: the example they look at, the files they write, the report they print."""
+
+from __future__ import annotations
+
+import json as json_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from .._checks import UserError
+from .._weights import save_weights
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ..surgery import Surgery
+
+Checkpoint = Annotated[Path | None, typer.Argument(help="Its weights: safetensors, or torch.save data.")]
+Where = Annotated[list[str] | None, typer.Option(help="Names or patterns of layers; may be repeated.  [default: all]")]
+Tolerance = Annotated[float | None, typer.Option(help="Largest relative difference of outputs.  [default: 1e-4]")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of the report.")]
+SHAPE_HELP = "The shape of one input, such as 3,224,224."
+
+
+def example_of(shape: str) -> Tensor:
+    """Two inputs of normal values, always the same."""
+    import torch
+
+    try:
+        sizes = [int(size) for size in shape.split(",")]
+    except ValueError:
+        raise UserError(
+            f"--shape must be numbers with commas between, got {shape!r}: write it like 3,224,224."
+        ) from None
+    return torch.randn(2, *sizes, generator=torch.Generator().manual_seed(0))
+
+
+def run(model: nn.Module, example: Tensor) -> Tensor:
+    """The model on an example; says which shape failed."""
+    try:
+        return model(example)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise UserError(
+            f"the model must run on inputs of shape {tuple(example.shape)}, but fails ({str(error).splitlines()[0]}): "
+            "give the right --shape."
+        ) from error
+
+
+def finish(result: Surgery, out: Path | None, as_json: bool, example: Tensor) -> None:
+    """Write the model, as weights or as a program, and print the report."""
+    if out is not None:
+        _write(result.model, out, example)
+    if as_json:
+        facts = {"changed": result.changed, "skipped": result.skipped, "max_error": result.max_error}
+        print(json_module.dumps({**facts, "out": None if out is None else str(out)}, indent=2))
+        return
+    wrote = "" if out is None else f"\nWrote {out}."
+    Console().print(f"{result}{wrote}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _write(model: nn.Module, out: Path, example: Tensor) -> None:
+    import torch
+
+    from .._files import check_writable, written_aside
+
+    check_writable(out.parent)
+    if out.suffix != ".pt2":
+        save_weights(model, out)
+        return
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(model.eval(), (example,), dynamic_shapes=({0: batch},))
+    with written_aside(out) as temporary, open(temporary, "wb") as file:
+        torch.export.save(program, file)

@@ -1,0 +1,76 @@
+"""`bnkit insert`."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from .._weights import load_weights
+from ._data import DataDir, Download, ImageSize, SkipCorrupt, load_data
+from ._models import ModelName, ModelOptions, load_model
+from ._runs import build_model
+from ._statistics import BatchSize, Images, Normalize, NumBatches, _moments
+from ._surgery import SHAPE_HELP, Checkpoint, Json, Tolerance, Where, example_of, finish, run
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+
+def insert(
+    model: ModelName,
+    checkpoint: Checkpoint = None,
+    data: Annotated[
+        str | None, typer.Option(help="Calibration images: a set's name, or a folder or .zip of class folders.")
+    ] = None,
+    batches: NumBatches = None,
+    batch_size: BatchSize = 128,
+    normalize: Normalize = "channel",
+    shape: Annotated[str, typer.Option(help=f"{SHAPE_HELP} Where there is no --data.")] = "3,224,224",
+    where: Where = None,
+    norm: Annotated[str, typer.Option(help="batch, ghost, sync, frozen or renorm.")] = "batch",
+    tolerance: Tolerance = None,
+    option: ModelOptions = None,
+    out: Annotated[Path | None, typer.Option(help="File to write the weights to.")] = None,
+    data_dir: DataDir = None,
+    download: Download = False,
+    image_size: ImageSize = None,
+    skip_corrupt: SkipCorrupt = False,
+    json: Json = False,
+) -> None:
+    """Put batch norms into a trained model, outputs unchanged, and report where."""
+    from .. import surgery
+
+    if data is None:
+        example, loader = example_of(shape), None
+        network = load_model(model, option, checkpoint)
+    else:
+        images = load_data(data, data_dir, download, image_size, skip_corrupt, Console(stderr=json))
+        # Of bnkit's models the one without norms is meant, unless -o norm= says otherwise.
+        norm_of_model = None if ":" in model and not model.startswith("bnkit:") else "none"
+        network = build_model({"model": model, "norm": norm_of_model, "options": option or []}, images)
+        if checkpoint is not None:
+            load_weights(network, checkpoint)
+        loader = _batches(Images(images.train_images, *_moments(images, normalize), batch_size), batches)
+        example = next(loader)
+        loader = itertools.chain([example], loader)
+    result = surgery.insert(
+        network,
+        loader,
+        example=example,
+        where=where or None,
+        norm=norm,
+        tolerance=tolerance,
+        inplace=True,
+        forward=run,
+    )
+    finish(result, out, json, example[:2])
+
+
+def _batches(images: Images, count: int | None) -> Iterator[Tensor]:
+    return iter(itertools.islice(images, count))
