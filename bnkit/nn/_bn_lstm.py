@@ -53,10 +53,11 @@ class BNLSTMLayer(nn.Module):
     def forward(self, input: Tensor, state: State) -> tuple[Tensor, State]:
         """The hidden states of all steps, and the last hidden and cell state, each (N, hidden_size)."""
         h, c = state
-        from_input = self.norm_ih(F.linear(input, self.weight_ih))
+        # Unbound at once: the gradient of indexing step by step would be as large as the sequence, for each step.
+        from_input = self.norm_ih(F.linear(input, self.weight_ih)).unbind(1)
         outputs = []
-        for step in range(input.shape[1]):
-            gates = self.norm_hh(F.linear(h, self.weight_hh), step, residual=from_input[:, step])
+        for step, x in enumerate(from_input):
+            gates = self.norm_hh(F.linear(h, self.weight_hh), step, residual=x)
             i, f, g, o = gates.chunk(4, 1)
             c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
             h = torch.sigmoid(o) * self.norm_c(c, step)
@@ -73,6 +74,10 @@ class BNLSTM(nn.Module):
 
     Each BN is a `RecurrentBatchNorm`: statistics for each time step, γ starting at 0.1. b is the bias of the first.
     The cell's own path from c_{t-1} to c_t is not normalized.
+
+    Without an initial state, training draws h_0 from a Gaussian of standard deviation `initial_noise`, as the authors'
+    program does on digits. If it were 0 and all sequences began alike, all hidden states would agree up to rounding,
+    and each step would multiply gradients by γ/√eps, soon beyond any number. Eval mode starts from 0.
 
     All sequences of a batch have the same length: batch statistics of padded steps would be wrong, so that a
     `PackedSequence` is refused. Weights start orthogonal, gate by gate. They are called `layers.0.weight_ih` and so on,
@@ -94,6 +99,7 @@ class BNLSTM(nn.Module):
         max_length: steps with statistics of their own, see `RecurrentBatchNorm`.
         eps, momentum: of the norms.
         gamma: initial weight of the norms.
+        initial_noise: standard deviation of h_0 in training where none is given; 0 starts from 0.
 
     Raises:
         ValueError: sizes out of range, a `PackedSequence`, an input of the wrong shape, or one sample in training.
@@ -115,6 +121,7 @@ class BNLSTM(nn.Module):
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         gamma: float = 0.1,
+        initial_noise: float = 0.1,
     ) -> None:
         super().__init__()
         for name, value in (("input_size", input_size), ("hidden_size", hidden_size), ("num_layers", num_layers)):
@@ -122,6 +129,7 @@ class BNLSTM(nn.Module):
         require(0.0 <= dropout <= 1.0, f"dropout is a probability, got {dropout}: pass a number from 0 to 1.")
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
         self.bias, self.batch_first, self.dropout, self.bidirectional = bias, batch_first, dropout, bidirectional
+        self.initial_noise = initial_noise
         directions = 1 + bidirectional
         sizes = [input_size] + [directions * hidden_size] * (num_layers - 1)
         options = {"max_length": max_length, "eps": eps, "momentum": momentum, "gamma": gamma}
@@ -136,7 +144,7 @@ class BNLSTM(nn.Module):
         Args:
             input: (T, N, input_size), with `batch_first` (N, T, input_size), or one sequence (T, input_size).
             hx: initial hidden and cell states, each (num_layers · directions, N, hidden_size), for one sequence
-                without N; zeros if None.
+                without N; if None, zeros, or in training noise for the hidden one.
 
         Returns:
             The last layer's hidden states of all steps, in the layout of the input with `directions · hidden_size`
@@ -165,7 +173,8 @@ class BNLSTM(nn.Module):
         """(N, T, ·) through all layers."""
         if hx is None:
             zeros = x.new_zeros(len(self.layers), x.shape[0], self.hidden_size)
-            hx = (zeros, zeros)
+            noisy = self.training and self.initial_noise > 0
+            hx = (torch.randn_like(zeros) * self.initial_noise if noisy else zeros, zeros)
         directions = 1 + self.bidirectional
         states = []
         for first in range(0, len(self.layers), directions):
