@@ -1,0 +1,107 @@
+"""Claim: ghost batch normalization closes part of the generalization gap of training with large batches.
+
+Hoffer, Hubara and Soudry, "Train longer, generalize better", 2017, https://arxiv.org/abs/1705.08741, table 1: a large
+batch with ghost batch norm (+GBN) against the same with batch norm, and against small batches, for the same number of
+epochs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from .. import data
+from ..nn import BatchNorm2d, GhostBatchNorm
+from ..report import Page
+from ..train import FitConfig
+from ._progress import Progress, Silent
+from ._trials import Trial, accuracy_table, best_of, is_better
+from .small_batches import train_once
+
+CLAIM = (
+    "With large batches, statistics of ghost batches give a higher test accuracy than those of the whole batch, nearer "
+    "to that of training with small batches (Hoffer et al. 2017)."
+)
+
+
+@dataclass(frozen=True)
+class LargeBatchesConfig:
+    """What runs: every arm with every rate and seed, for the same number of epochs.
+
+    Attributes:
+        images: training images, the first of the set.
+        epochs: passes over them.
+        large, small: batch sizes; the small one is the ghosts' too.
+        rates: learning rates of the large batch.
+        seeds: runs of each.
+    """
+
+    images: int = 4096
+    epochs: int = 20
+    large: int = 1024
+    small: int = 32
+    rates: tuple[float, ...] = (0.03, 0.1, 0.3)
+    seeds: int = 3
+
+
+@dataclass(frozen=True)
+class LargeBatches:
+    """The runs of `large_batches`."""
+
+    config: LargeBatchesConfig
+    trials: list[Trial]
+
+
+def large_batches(config: LargeBatchesConfig | None = None, *, progress: Progress | None = None) -> LargeBatches:
+    """Train a small convolutional network on a part of the bundled digits in each way: see the module's claim."""
+    config, progress = config or LargeBatchesConfig(), progress or Silent()
+    digits, trials = data.load("digits"), []
+    part = dataclasses.replace(
+        digits, train_images=digits.train_images[: config.images], train_labels=digits.train_labels[: config.images]
+    )
+    arms = _arms(config)
+    runs = [(name, rate, seed) for name in arms for rate in config.rates for seed in range(config.seeds)]
+    progress.phase(f"{len(runs)} runs", len(runs))
+    for done, (name, rate, seed) in enumerate(runs, 1):
+        norm, batch_size = arms[name]
+        steps = config.epochs * config.images // batch_size
+        fit_config = FitConfig(steps, batch_size, rate, momentum=0.9, seed=seed, eval_every=steps, device="cpu")
+        trials.append(train_once(name, norm, part, fit_config))
+        progress.update(done, {trial.arm: trial.accuracy for trial in trials})
+    return LargeBatches(config, trials)
+
+
+def _arms(config: LargeBatchesConfig) -> dict[str, tuple[Callable[[int], nn.Module], int]]:
+    return {
+        "large": (BatchNorm2d, config.large),
+        "large, ghosts": (lambda channels: GhostBatchNorm(channels, ghost_size=config.small), config.large),
+        "small": (BatchNorm2d, config.small),
+    }
+
+
+def page_of(result: LargeBatches, command: str = "") -> Page:
+    """The result as a report."""
+    config = result.config
+    title = f"Test accuracy after {config.epochs} epochs of {config.images:,} images (mean ± standard deviation)"
+    return Page(
+        title="Large batches and ghosts",
+        claim=CLAIM,
+        summary=summary(result),
+        tables=[accuracy_table(result.trials, title)],
+        configuration=dataclasses.asdict(config),
+        command=command,
+    )
+
+
+def summary(result: LargeBatches) -> list[str]:
+    """The answer in sentences, each arm at its best rate."""
+    large, ghost, small = (best_of(result.trials, arm) for arm in ("large", "large, ghosts", "small"))
+    gap = f"Batches of {result.config.small} reach {small}, batches of {result.config.large} {large}"
+    gap += ": a gap." if is_better(small, large) else ": no gap beyond the noise."
+    helps = (
+        "higher" if is_better(ghost, large) else "lower" if is_better(large, ghost) else "no different beyond the noise"
+    )
+    return [f"With ghosts, batches of {result.config.large} reach {ghost}: {helps}.", gap]

@@ -1,0 +1,133 @@
+"""Claim: with two images a batch, batch renormalization and group normalization train well where batch norm does not.
+
+Ioffe, "Batch Renormalization", 2017, https://arxiv.org/abs/1702.03275, section 4.2 (batches of 4 and less); Wu and He,
+"Group Normalization", 2018, https://arxiv.org/abs/1803.08494, figure 5 (batches of 2).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .. import data
+from ..nn import BatchNorm2d, BatchRenorm
+from ..report import Page
+from ..train import Diverged, FitConfig, fit
+from ._progress import Progress, Silent
+from ._trials import Outcome, Trial, accuracy_table, best_of, is_better
+
+CLAIM = (
+    "With two images a batch, batch renormalization (Ioffe 2017) and group normalization (Wu and He 2018) reach a "
+    "higher test accuracy than batch normalization."
+)
+
+
+@dataclass(frozen=True)
+class SmallBatchesConfig:
+    """What runs: every norm with every rate and seed.
+
+    Attributes:
+        steps: updates of a run.
+        batch_size: images an update.
+        rates: learning rates.
+        seeds: runs of each.
+    """
+
+    steps: int = 3000
+    batch_size: int = 2
+    rates: tuple[float, ...] = (0.003, 0.01, 0.03)
+    seeds: int = 2
+
+
+@dataclass(frozen=True)
+class SmallBatches:
+    """The runs of `small_batches`."""
+
+    config: SmallBatchesConfig
+    trials: list[Trial]
+
+
+def small_batches(config: SmallBatchesConfig | None = None, *, progress: Progress | None = None) -> SmallBatches:
+    """Train a small convolutional network on the bundled digits with each norm: see the module's claim."""
+    config, progress = config or SmallBatchesConfig(), progress or Silent()
+    digits, trials = data.load("digits"), []
+    norms = _norms(config.steps)
+    runs = [(name, rate, seed) for name in norms for rate in config.rates for seed in range(config.seeds)]
+    progress.phase(f"{len(runs)} runs with batches of {config.batch_size}", len(runs))
+    for done, (name, rate, seed) in enumerate(runs, 1):
+        fit_config = FitConfig(
+            config.steps, config.batch_size, rate, momentum=0.9, seed=seed, eval_every=config.steps, device="cpu"
+        )
+        trials.append(train_once(name, norms[name], digits, fit_config))
+        progress.update(done, {trial.arm: trial.accuracy for trial in trials})
+    return SmallBatches(config, trials)
+
+
+def train_once(arm: str, norm: Callable[[int], nn.Module], images: data.ImageSet, config: FitConfig) -> Trial:
+    """Train a fresh network; NaN for what a diverged run has not got."""
+    torch.manual_seed(config.seed)
+    try:
+        final = fit(small_network(norm), images, config).final
+    except Diverged:
+        return Trial(arm, config.lr, config.seed, float("nan"), float("nan"), float("nan"))
+    return Trial(arm, config.lr, config.seed, final.train_loss or 0.0, final.test_accuracy, final.seconds)
+
+
+def small_network(norm: Callable[[int], nn.Module]) -> nn.Sequential:
+    """Three convolutions of stride 2 with 16, 32 and 64 channels, each with a norm and ReLU; mean; linear layer."""
+    layers: list[nn.Module] = []
+    for before, channels in ((1, 16), (16, 32), (32, 64)):
+        layers += [nn.Conv2d(before, channels, 3, 2, 1, bias=False), norm(channels), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+
+
+def _norms(steps: int) -> dict[str, Callable[[int], nn.Module]]:
+    """The paper's schedule of renorm, 5,000 to 40,000 and 25,000 of some 200,000 steps, scaled to a run of `steps`."""
+    first, last_r, last_d = max(steps // 40, 1), max(steps // 5, 2), max(steps // 8, 2)
+
+    def renorm(channels: int) -> nn.Module:
+        return BatchRenorm(channels, momentum=0.01, r_max=(first, last_r, 3.0), d_max=(first, last_d, 5.0))
+
+    return {
+        "none": lambda channels: nn.Identity(),
+        "batch": lambda channels: BatchNorm2d(channels, momentum=0.01),
+        "renorm": renorm,
+        "group": lambda channels: nn.GroupNorm(8, channels),
+    }
+
+
+def page_of(result: SmallBatches, command: str = "") -> Page:
+    """The result as a report."""
+    config = result.config
+    title = (
+        f"Test accuracy after {config.steps:,} batches of {config.batch_size} (mean ± standard deviation over seeds)"
+    )
+    return Page(
+        title="Batches of two images",
+        claim=CLAIM,
+        summary=summary(result),
+        tables=[accuracy_table(result.trials, title)],
+        configuration=dataclasses.asdict(config),
+        command=command,
+    )
+
+
+def summary(result: SmallBatches) -> list[str]:
+    """The answer in sentences, each norm at its best rate."""
+    batch = best_of(result.trials, "batch")
+    sentences = [_verdict(best_of(result.trials, arm), batch) for arm in ("renorm", "group", "none")]
+    return [f"Batch normalization reaches {batch} (rate {batch.rate:g}).", *sentences]
+
+
+def _verdict(other: Outcome, batch: Outcome) -> str:
+    names = {"renorm": "Batch renormalization", "group": "Group normalization", "none": "No normalization"}
+    relation = "no better or worse than the noise"
+    if is_better(other, batch):
+        relation = "better"
+    elif is_better(batch, other):
+        relation = "worse"
+    return f"{names[other.arm]} reaches {other} (rate {other.rate:g}): {relation}."
