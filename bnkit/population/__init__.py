@@ -3,6 +3,7 @@
 from ._accumulate import accumulation
 from ._adapt import adapt
 from ._average import EMA, average
+from ._callbacks import Callback, EMACallback, GuardCallback, RecalibrateCallback
 from ._guard import guard_statistics
 from ._preserve import preserve_statistics
 from ._recalibrate import METHODS, recalibrate
@@ -12,7 +13,11 @@ from ._result import Drift, Recalibration
 __all__ = [
     "EMA",
     "METHODS",
+    "Callback",
     "Drift",
+    "EMACallback",
+    "GuardCallback",
+    "RecalibrateCallback",
     "Recalibration",
     "accumulation",
     "adapt",
