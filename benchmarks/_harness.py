@@ -12,23 +12,46 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bnkit._environment import describe_machine
 from bnkit._files import written_aside
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def take_turns(cases: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 2) -> dict[str, list[float]]:
-    """Seconds of each case in each round; the order is reversed every other round."""
+def take_turns(
+    cases: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 2, *, repeats: int = 1, device: str = "cpu"
+) -> dict[str, list[float]]:
+    """Seconds of each case in each round, of `repeats` calls on average; the order is reversed every other round."""
     names = list(cases)
     times: dict[str, list[float]] = {name: [] for name in names}
+    clock = _cuda_seconds if device == "cuda" else _seconds
     for i in range(warm_up + rounds):
         for name in names if i % 2 else reversed(names):
-            start = time.perf_counter()
-            cases[name]()
+            seconds = clock(cases[name], repeats) / repeats
             if i >= warm_up:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(seconds)
     return times
+
+
+def _seconds(case: Callable[[], object], repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        case()
+    return time.perf_counter() - start
+
+
+def _cuda_seconds(case: Callable[[], object], repeats: int) -> float:
+    """Between two events in the stream, so the device's own time."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(repeats):
+        case()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
 def quantiles(values: Sequence[float]) -> tuple[float, float, float]:

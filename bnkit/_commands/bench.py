@@ -42,6 +42,19 @@ def train(
     _benchmark("bench_train").main(rounds, save)
 
 
+@app.command()
+def kernels(
+    rounds: Annotated[int, typer.Option(help="Rounds in which all sides take turns.")] = 15,
+    quick: Annotated[bool, typer.Option("--quick", help="A few shapes.")] = False,
+    save: Annotated[bool, typer.Option("--save", help="Write benchmarks/results/kernels.csv.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.  [default: cuda where there is one]")] = None,
+) -> None:
+    """Batch norm, add and ReLU against eager PyTorch, torch.compile and timm, once the quick tests have passed."""
+    if device not in (None, "cpu", "cuda"):
+        raise UserError(f"device must be cpu or cuda, got {device!r}.")
+    _benchmark("bench_kernels").main(rounds, quick, save, device)
+
+
 def _benchmark(name: str) -> Any:
     path = Path(__file__).parents[2] / "benchmarks" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(name, path) if path.exists() else None

@@ -1,0 +1,131 @@
+"""What `bench_kernels` measures: shapes from known networks, and who computes batch norm, add and ReLU on them."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import bnkit.nn
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """y = relu(batch_norm(x) + residual) in training, forward and backward."""
+
+    name: str
+    shape: tuple[int, ...]
+    residual: bool = False
+    dtype: torch.dtype = torch.float32
+    channels_last: bool = False
+
+    @property
+    def bytes(self) -> int:
+        """Of one tensor of the shape."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    @property
+    def passes(self) -> int:
+        """Over memory, with each channel kept in cache: read x, write y; read x and dy, write dx. A residual is read
+        once, and its gradient is written."""
+        return 7 if self.residual else 5
+
+    @property
+    def layout(self) -> str:
+        return "channels_last" if self.channels_last else "contiguous"
+
+
+SHAPES = [
+    Problem("ResNet-50 stem, batch 32", (32, 64, 112, 112)),
+    Problem("ResNet-50 stage 1, batch 32", (32, 256, 56, 56), residual=True),
+    Problem("ResNet-50 stage 2, batch 32", (32, 512, 28, 28)),
+    Problem("ResNet-50 stage 3, batch 32", (32, 256, 14, 14)),
+    Problem("ResNet-50 stage 4, batch 32", (32, 512, 7, 7)),
+    Problem("ResNet-50 stage 1, batch 8", (8, 64, 56, 56)),
+    Problem("ResNet-20 stage 1, batch 512", (512, 16, 32, 32)),
+    Problem("ResNet-20 stage 1, batch 128", (128, 16, 32, 32), residual=True),
+    Problem("ResNet-20 stage 2, batch 128", (128, 32, 16, 16)),
+    Problem("ResNet-20 stage 3, batch 128", (128, 64, 8, 8), residual=True),
+    Problem("DenseNet-121 block 1, batch 16", (16, 128, 56, 56)),
+    Problem("DenseNet-121 block 3, batch 16", (16, 512, 14, 14)),
+    Problem("MLP of Ioffe and Szegedy", (60, 100)),
+]
+QUICK = {"ResNet-50 stem, batch 32", "ResNet-50 stage 1, batch 8", "MLP of Ioffe and Szegedy"}
+
+
+def problems(quick: bool, only_float32: bool) -> list[Problem]:
+    """Each shape in each type and layout; the few of `QUICK`, or all."""
+    dtypes = (torch.float32,) if only_float32 else (torch.float32, torch.bfloat16)
+    shapes = [shape for shape in SHAPES if not quick or shape.name in QUICK]
+    return [
+        dataclasses.replace(shape, dtype=dtype, channels_last=channels_last)
+        for shape, dtype, channels_last in itertools.product(shapes, dtypes, (False, True))
+        if len(shape.shape) == 4 or not channels_last
+    ]
+
+
+def last_level_cache() -> int:
+    """Bytes of the processor's L3; 32 MiB where it isn't known."""
+    size = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
+    return int(size.read_text().strip().removesuffix("K")) << 10 if size.exists() else 32 << 20
+
+
+class Eager(nn.Module):
+    """What most people write."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__()
+        kind = nn.BatchNorm2d if len(problem.shape) == 4 else nn.BatchNorm1d
+        self.bn = kind(problem.shape[1])
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y = self.bn(x)
+        return F.relu(y if residual is None else y + residual)
+
+
+def _timm(problem: Problem) -> nn.Module | None:
+    """timm's batch norm with an in-place ReLU: of images, and without a residual."""
+    try:
+        from timm.layers.norm_act import BatchNormAct2d
+    except ImportError:
+        return None
+    return BatchNormAct2d(problem.shape[1]) if len(problem.shape) == 4 and not problem.residual else None
+
+
+def _bnkit(problem: Problem) -> nn.Module:
+    kind = bnkit.nn.BatchNorm2d if len(problem.shape) == 4 else bnkit.nn.BatchNorm1d
+    return kind(problem.shape[1], activation="relu")
+
+
+def sides(problem: Problem, device: str) -> dict[str, Callable[[], object]]:
+    """A step forward and backward of each side, and a copy of one tensor."""
+
+    def tensor() -> Tensor:
+        t = torch.randn(problem.shape, device=device).to(problem.dtype)
+        return t.contiguous(memory_format=torch.channels_last) if problem.channels_last else t
+
+    x, dy = tensor().requires_grad_(), tensor()
+    residual = tensor().requires_grad_() if problem.residual else None
+    torch._dynamo.reset()
+    modules = {
+        "bnkit": _bnkit(problem),
+        "eager": Eager(problem),
+        "compile": torch.compile(Eager(problem), dynamic=False),
+        "timm": _timm(problem),
+    }
+    steps: dict[str, Callable[[], object]] = {
+        name: _step(module.to(device), x, residual, dy) for name, module in modules.items() if module is not None
+    }
+    target = torch.empty_like(dy)
+    return steps | {"copy": lambda: target.copy_(dy)}
+
+
+def _step(module: nn.Module, x: Tensor, residual: Tensor | None, dy: Tensor) -> Callable[[], object]:
+    arguments = (x,) if residual is None else (x, residual)
+    wanted = (*arguments, *module.parameters())
+    return lambda: torch.autograd.grad(module(*arguments), wanted, dy)

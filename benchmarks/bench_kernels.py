@@ -1,0 +1,239 @@
+"""Batch norm, residual and ReLU, forward and backward through autograd: bnkit's kernels against their peers.
+
+Peers: PyTorch's eager operators, `torch.compile` of them, and timm's `BatchNormAct2d`. All take turns in one process,
+with a copy of one tensor, which tells what the memory gives. A pass is one read or write of a whole tensor; the limit
+is 5 passes, 7 with a residual, at the copy's speed. The C library's allocator is set for a whole process, so each
+setting runs in one of its own. Nothing is reported unless the quick tests of correctness pass first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from _harness import in_fresh_process, quantiles, save_results, take_turns
+from _kernel_problems import Problem, last_level_cache, problems, sides
+from rich.console import Console
+from rich.progress import track
+from torch._dynamo.exc import BackendCompilerFailed
+
+from bnkit._allocator import tune_allocator
+from bnkit._checks import UserError
+from bnkit.report import Table, print_table
+
+ROOT = Path(__file__).parents[1]
+TESTS = {
+    "cpu": ["tests/ops/test_cpu.py", "-k", "test_shapes or test_activations or mean_far"],
+    "cuda": ["tests/ops/test_cuda.py"],
+}
+PEERS = ("eager", "compile", "timm")
+ROUND_SECONDS = 0.004
+
+Row = dict[str, Any]
+
+
+def check_correctness(device: str) -> None:
+    """Raise UserError unless the quick tests pass now."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *TESTS[device]]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    if done.returncode:
+        print(done.stdout, file=sys.stderr)
+        tests = " ".join(TESTS[device][:1])
+        raise UserError(f"a speed is reported only of kernels whose tests pass, and some fail; see pytest {tests}.")
+
+
+def bars(problem: Problem, allocator: str) -> dict[str, float]:
+    """Least ratio to each peer, and least share of the limit, on two AVX-512 cores; empty where none is set."""
+    mib, is_float32 = problem.bytes / 2**20, problem.dtype is torch.float32
+    if problem.shape == (60, 100):
+        return {"eager": 1.1, "compile": 1.8} if is_float32 and allocator == "tuned" else {}
+    is_large, is_middle = problem.bytes > last_level_cache(), 2 <= mib <= 8
+    if allocator == "default":
+        return {"eager": 4.0, "compile": 8.0} if is_large and is_float32 and not problem.channels_last else {}
+    if not is_float32:
+        return {"eager": 2.4} if is_large else {}
+    if is_large:
+        eager = 2.8 if not problem.channels_last else 2.3 if problem.residual else 2.0
+        return {"eager": eager, "compile": 10.0, "limit": 0.8 if problem.channels_last else 0.85}
+    if is_middle:
+        if problem.channels_last:
+            return {"eager": 1.3, "compile": 5.0, "limit": 0.6}
+        return {"eager": 2.5, "compile": 7.0, "limit": 0.7}
+    return {}
+
+
+def measure_problem(problem: Problem, allocator: str, rounds: int, device: str) -> list[Row]:
+    """A row a side."""
+    steps = _that_run(sides(problem, device))
+    repeats = _repeats(steps["bnkit"], device)
+    times = take_turns(steps, rounds, device=device, repeats=repeats)
+    copy = quantiles(times["copy"])[1]
+    shared: Row = {
+        "network": problem.name,
+        "shape": "x".join(map(str, problem.shape)),
+        "dtype": str(problem.dtype).removeprefix("torch."),
+        "layout": problem.layout,
+        "residual": problem.residual,
+        "allocator": allocator,
+        "device": device,
+        "mib": round(problem.bytes / 2**20, 2),
+        "copy_gb_per_s": round(2 * problem.bytes / copy / 1e9, 2),
+    }
+    rows = []
+    for side in ("bnkit", *PEERS):
+        if side not in times:
+            continue
+        low, middle, high = quantiles(times[side])
+        ratios = [theirs / ours for theirs, ours in zip(times[side], times["bnkit"], strict=True)]
+        limits = [problem.passes / 2 * c / t for c, t in zip(times["copy"], times[side], strict=True)]
+        rows.append(
+            shared
+            | {
+                "side": side,
+                "us_p20": round(1e6 * low, 1),
+                "us_p50": round(1e6 * middle, 1),
+                "us_p80": round(1e6 * high, 1),
+                "bnkit_is_faster_by": round(quantiles(ratios)[1], 3),
+                "gb_per_s": round(problem.passes * problem.bytes / middle / 1e9, 2),
+                "of_limit": round(quantiles(limits)[1], 3),
+                "bar": bars(problem, allocator).get("limit" if side == "bnkit" else side),
+                "rounds": rounds,
+                "repeats": repeats,
+                "timm": _version("timm"),
+            }
+        )
+    return rows
+
+
+def _that_run(steps: Mapping[str, Callable[[], object]]) -> dict[str, Callable[[], object]]:
+    """Without `torch.compile` where it finds no compiler."""
+    kept = dict(steps)
+    try:
+        kept["compile"]()
+    except BackendCompilerFailed as error:
+        print(f"torch.compile is left out: {str(error).splitlines()[0]}", file=sys.stderr)
+        del kept["compile"]
+    return kept
+
+
+def _repeats(step: Callable[[], object], device: str) -> int:
+    """How many steps a round takes, so that the clock's own time does not count."""
+    for _ in range(3):
+        step()
+    _synchronize(device)
+    start = time.perf_counter()
+    step()
+    _synchronize(device)
+    return max(1, round(ROUND_SECONDS / (time.perf_counter() - start)))
+
+
+def _synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def measure(allocator: str, rounds: int, quick: bool, device: str) -> list[Row]:
+    """All problems with one setting of the allocator. With the default one, only those that a bar is set for."""
+    if allocator == "tuned":
+        tune_allocator()
+    chosen = problems(quick, only_float32=allocator == "default")
+    console = Console(stderr=True)
+    rows = []
+    for problem in track(chosen, f"{allocator} allocator", console=console):
+        rows += measure_problem(problem, allocator, rounds, device)
+    return rows
+
+
+def verdict(rows: Mapping[str, Row]) -> str:
+    """Of one problem's rows by side: which bars are missed, and which peers win."""
+    missed, has_bar = [], False
+    for side, row in rows.items():
+        reached = row["of_limit"] if side == "bnkit" else row["bnkit_is_faster_by"]
+        name = "limit" if side == "bnkit" else side
+        if row["bar"] is not None:
+            has_bar = True
+            if reached < row["bar"]:
+                missed.append(f"{name} {reached:.2f} < {row['bar']:g}")
+        elif side != "bnkit" and reached < 1:
+            missed.append(f"loses to {name}")
+    return "; ".join(missed) or ("met" if has_bar else "no bar")
+
+
+def tables(rows: Sequence[Row]) -> list[Table]:
+    """One for each allocator, type and layout; a line a problem."""
+    keys = ("allocator", "dtype", "layout")
+    by_problem: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in rows:
+        key = tuple(row[k] for k in (*keys, "network", "shape", "residual"))
+        by_problem.setdefault(key, {})[row["side"]] = row
+    columns = ["shape", "ms (p20 to p80)", "GB/s", "copy", "of limit", *(f"x {peer}" for peer in PEERS), "bars"]
+    found: dict[tuple[Any, ...], list[list[str]]] = {}
+    for key, of_side in by_problem.items():
+        found.setdefault(key[:3], []).append(_line(of_side))
+    return [
+        Table(f"Forward and backward: {dtype}, {layout}, {allocator} allocator", columns, lines)
+        for (allocator, dtype, layout), lines in found.items()
+    ]
+
+
+def _line(of_side: Mapping[str, Row]) -> list[str]:
+    ours = of_side["bnkit"]
+    low, middle, high = (f"{ours[f'us_p{p}'] / 1000:.3g}" for p in (20, 50, 80))
+    ratios = [f"{of_side[peer]['bnkit_is_faster_by']:.2f}" if peer in of_side else "-" for peer in PEERS]
+    return [
+        f"{ours['shape']}{' + residual' if ours['residual'] else ''}",
+        f"{middle} ({low} to {high})",
+        f"{ours['gb_per_s']:.1f}",
+        f"{ours['copy_gb_per_s']:.1f}",
+        f"{ours['of_limit']:.2f}",
+        *ratios,
+        verdict(of_side),
+    ]
+
+
+def main(rounds: int = 15, quick: bool = False, save: bool = False, device: str | None = None) -> None:
+    """Test, measure with both allocators, print the tables, and keep the rows if asked."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    console = Console()
+    check_correctness(device)
+    console.print("The quick tests of correctness pass.")
+    options = ["--rounds", str(rounds), "--device", device, *(["--quick"] if quick else [])]
+    settings = ("tuned", "default") if device == "cpu" else ("default",)
+    rows = [row for setting in settings for row in in_fresh_process(__file__, "--measure", setting, *options)]
+    for table in tables(rows):
+        print_table(table, console)
+    console.print(
+        f"Median of {rounds} rounds taking turns. 'x eager' is eager's time over bnkit's. The limit is 5 passes over "
+        "memory, 7 with a residual, at the speed of a copy (copy: its GB/s)."
+    )
+    if save:
+        console.print(f"Saved {save_results('kernels', rows)}.")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--measure", choices=("default", "tuned"))
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--quick", action="store_true", help="a few shapes")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/kernels.csv")
+    parser.add_argument("--device", choices=("cpu", "cuda"))
+    arguments = parser.parse_args()
+    if arguments.measure:
+        print(json.dumps(measure(arguments.measure, arguments.rounds, arguments.quick, arguments.device or "cpu")))
+        sys.exit()
+    main(arguments.rounds, arguments.quick, arguments.save, arguments.device)
