@@ -1,0 +1,114 @@
+"""`bnkit bench kernels`: what it counts, which bar it holds a problem to, and what it refuses. Nothing is timed."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bnkit import UserError
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("bench_kernels")
+
+
+def problem_of(bench, shape, **options):
+    return bench.Problem("some layer", shape, **options)
+
+
+def test_bytes_and_passes(bench):
+    assert problem_of(bench, (2, 3, 4, 5)).bytes == 2 * 3 * 4 * 5 * 4
+    assert problem_of(bench, (2, 3, 4, 5), dtype=torch.bfloat16).bytes == 2 * 3 * 4 * 5 * 2
+    assert problem_of(bench, (2, 3)).passes == 5
+    assert problem_of(bench, (2, 3), residual=True).passes == 7
+
+
+LARGE, MIDDLE = (32, 256, 56, 56), (8, 64, 56, 56)
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "allocator", "expected"),
+    [
+        (LARGE, {}, "tuned", {"eager": 2.8, "compile": 10.0, "limit": 0.85}),
+        (LARGE, {"channels_last": True}, "tuned", {"eager": 2.0, "compile": 10.0, "limit": 0.8}),
+        (LARGE, {"channels_last": True, "residual": True}, "tuned", {"eager": 2.3, "compile": 10.0, "limit": 0.8}),
+        (MIDDLE, {}, "tuned", {"eager": 2.5, "compile": 7.0, "limit": 0.7}),
+        (MIDDLE, {"channels_last": True}, "tuned", {"eager": 1.3, "compile": 5.0, "limit": 0.6}),
+        (LARGE, {"dtype": torch.bfloat16}, "tuned", {"eager": 2.4}),
+        (LARGE, {}, "default", {"eager": 4.0, "compile": 8.0}),
+        (LARGE, {"channels_last": True}, "default", {}),
+        ((60, 100), {}, "tuned", {"eager": 1.1, "compile": 1.8}),
+        ((60, 100), {}, "default", {}),
+    ],
+)
+def test_bars(bench, monkeypatch, shape, options, allocator, expected):
+    monkeypatch.setattr(bench, "last_level_cache", lambda: 32 << 20)
+    assert bench.bars(problem_of(bench, shape, **options), allocator) == expected
+
+
+def row(reached: float, bar: float | None) -> dict:
+    return {"of_limit": reached, "bnkit_is_faster_by": reached, "bar": bar}
+
+
+def test_verdicts(bench):
+    assert bench.verdict({"bnkit": row(0.9, 0.85), "eager": row(3.0, 2.8)}) == "met"
+    assert bench.verdict({"bnkit": row(0.8, 0.85), "eager": row(3.0, 2.8)}) == "limit 0.80 < 0.85"
+    assert bench.verdict({"bnkit": row(0.9, 0.85), "eager": row(2.0, 2.8), "timm": row(0.9, None)}) == (
+        "eager 2.00 < 2.8; loses to timm"
+    )
+    assert bench.verdict({"bnkit": row(0.1, None), "eager": row(1.5, None)}) == "no bar"
+
+
+@pytest.mark.parametrize(("shape", "residual"), [((6, 4, 5, 5), False), ((6, 4, 5, 5), True), ((6, 4), False)])
+def test_sides_compute_the_same(bench, monkeypatch, shape, residual):
+    """All but the compiled one, which takes its time."""
+    problems = importlib.import_module("_kernel_problems")
+    monkeypatch.setattr(torch, "compile", lambda module, **_: module)
+    steps = problems.sides(problem_of(bench, shape, residual=residual), "cpu")
+    assert ("timm" in steps) == (len(shape) == 4 and not residual)
+    steps.pop("copy")()
+    expected = steps.pop("eager")()
+    for name, step in steps.items():
+        for ours, theirs in zip(step(), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_rows_become_a_line_with_the_losers(bench, monkeypatch):
+    def fixed_times(steps, rounds, **_):
+        seconds = {"bnkit": 2e-3, "eager": 1e-3, "timm": 8e-3, "copy": 1e-3}
+        return {name: [seconds[name]] * rounds for name in steps}
+
+    steps = {name: lambda: None for name in ("bnkit", "eager", "timm", "copy")}
+    monkeypatch.setattr(bench, "_that_run", lambda steps: steps)
+    monkeypatch.setattr(bench, "sides", lambda problem, device: steps)
+    monkeypatch.setattr(bench, "take_turns", fixed_times)
+    rows = bench.measure_problem(problem_of(bench, (10, 5, 2, 2)), "tuned", 3, "cpu")
+    assert [r["side"] for r in rows] == ["bnkit", "eager", "timm"]
+    assert [r["bnkit_is_faster_by"] for r in rows] == [1.0, 0.5, 4.0]
+    assert rows[0]["of_limit"] == pytest.approx(5 / 2 * 1e-3 / 2e-3)
+    (table,) = bench.tables(rows)
+    assert table.rows[0][-1] == "loses to eager"
+    assert table.rows[0][5:8] == ["0.50", "-", "4.00"]
+
+
+def test_red_tests_allow_no_report(bench, monkeypatch, capsys):
+    monkeypatch.setattr(bench.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1, stdout="1 failed"))
+    measured = []
+    monkeypatch.setattr(bench, "in_fresh_process", lambda *_: measured.append(1))
+    with pytest.raises(UserError, match="a speed is reported only of kernels whose tests pass"):
+        bench.main(device="cpu")
+    assert not measured
+    assert "1 failed" in capsys.readouterr().err
+
+
+def test_the_quick_tests_exist(bench):
+    for files in bench.TESTS.values():
+        assert (BENCHMARKS.parent / files[0]).exists()
