@@ -15,13 +15,18 @@ from ._norm import Norm, check_placement, has_bias, norm_and_activation, norm_la
 
 @dataclass(frozen=True)
 class ConvStyle:
-    """What all convolutions of a network have in common; `eps` is for norms that keep running statistics."""
+    """What all convolutions of a network have in common.
+
+    `eps` is for norms that keep running statistics. `fan="in"` makes `"kaiming"` count the inputs of a convolution:
+    where 1×1 convolutions reduce the channels by as much as 10, counting the outputs would blow up what passes.
+    """
 
     norm: Norm
     activation: Activation = "relu"
     init: Init = "kaiming"
     placement: str = "before"
     eps: float = 1e-5
+    fan: str = "out"
 
     def __post_init__(self) -> None:
         check_placement(self.placement)
@@ -37,9 +42,12 @@ class ConvStyle:
     ) -> nn.Conv2d:
         """A convolution; without `padding` one of stride 1 and odd size keeps the size of the maps."""
         padding = kernel_size // 2 if padding is None else padding
-        return conv2d(
-            in_channels, out_channels, kernel_size, stride=stride, padding=padding, bias=self.bias, init=self.init
-        )
+        init = self.init_of(in_channels * kernel_size**2)
+        return conv2d(in_channels, out_channels, kernel_size, stride=stride, padding=padding, bias=self.bias, init=init)
+
+    def init_of(self, fan_in: int) -> Init:
+        """What draws the weights of a convolution with so many inputs to each output."""
+        return (2 / fan_in) ** 0.5 if (self.init, self.fan) == ("kaiming", "in") else self.init
 
     def follow(self, channels: int) -> list[nn.Module]:
         """What follows a convolution: the norm and the activation, or the activation alone."""

@@ -92,8 +92,8 @@ class BNInception(nn.Module):
         dropout: Ahead of the output layer; none, as section 4.2.1 has it with batch norm.
         activation: Its name, or a function that makes it; `"sigmoid"` for BN-x5-Sigmoid.
         placement: The norm goes `"before"` or `"after"` the activation.
-        init: Of all layers: `"kaiming"`, `"xavier"`, `"lecun"`, `"torch"`, `"small-gaussian"`, or the standard
-            deviation of a Gaussian.
+        init: Of all layers: `"kaiming"` (with the fan of the inputs), `"xavier"`, `"lecun"`, `"torch"`,
+            `"small-gaussian"`, or the standard deviation of a Gaussian.
 
     Raises:
         UserError: an unknown name, images that are too small, or a dropout outside [0, 1].
@@ -116,7 +116,7 @@ class BNInception(nn.Module):
         super().__init__()
         check_image_size(image_size, _SMALLEST_SMALL_IMAGE, "bn_inception")
         require(0 <= dropout <= 1, f"dropout must be between 0 and 1, got {dropout}: try 0.4.")
-        style = ConvStyle(norm, activation, init, placement)
+        style = ConvStyle(norm, activation, init, placement, fan="in")
         small = image_size <= LARGEST_SMALL_IMAGE
         self.smallest = _SMALLEST_SMALL_IMAGE if small else _SMALLEST_IMAGE
         self.conv1 = _first(in_channels, small, separable_stem, style)
@@ -161,7 +161,7 @@ def _first(in_channels: int, small: bool, separable: bool, style: ConvStyle) -> 
         padding=kernel_size // 2,
         groups=in_channels,
         bias=False,
-        init=style.init,
+        init=style.init_of(kernel_size**2),
     )
     return nn.Sequential(depthwise, ConvNorm(in_channels * _DEPTH_MULTIPLIER, 64, 1, style))
 

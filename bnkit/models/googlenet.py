@@ -120,8 +120,8 @@ class GoogLeNet(nn.Module):
             were trained on images normalized to [-1, 1].
         activation: Its name, or a function that makes it.
         placement: The norm goes `"before"` or `"after"` the activation.
-        init: Of all layers: `"kaiming"`, `"xavier"`, `"lecun"`, `"torch"`, `"small-gaussian"` (nearly torchvision's),
-            or the standard deviation of a Gaussian.
+        init: Of all layers: `"kaiming"` (with the fan of the inputs), `"xavier"`, `"lecun"`, `"torch"`,
+            `"small-gaussian"` (nearly torchvision's), or the standard deviation of a Gaussian.
 
     Raises:
         UserError: an unknown name, images that are too small, an even kernel, a dropout outside [0, 1], or
@@ -152,7 +152,7 @@ class GoogLeNet(nn.Module):
         for rate in (dropout, dropout_aux):
             require(0 <= rate <= 1, f"dropout must be between 0 and 1, got {rate}: try 0.2.")
         require(in_channels == 3 or not transform_input, "transform_input is for images of 3 channels: leave it out.")
-        style = ConvStyle(norm, activation, init, placement, _EPS)
+        style = ConvStyle(norm, activation, init, placement, _EPS, fan="in")
         self.transform_input = transform_input
         small = image_size <= LARGEST_SMALL_IMAGE
         self.smallest = _SMALLEST_SMALL_IMAGE if small else _SMALLEST_IMAGE

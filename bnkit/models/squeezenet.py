@@ -60,8 +60,8 @@ class SqueezeNet(nn.Module):
         dropout: Probability of zeroing a value ahead of the last convolution.
         activation: Its name, or a function that makes it.
         placement: The norm goes `"before"` or `"after"` the activation.
-        init: Of the convolutions: `"kaiming"` (with N(0, 0.01²) in the last one, as in torchvision), `"xavier"`,
-            `"lecun"`, `"torch"`, `"small-gaussian"`, or the standard deviation of a Gaussian.
+        init: Of the convolutions: `"kaiming"` (with the fan of the inputs, and N(0, 0.01²) in the last one, as in
+            torchvision), `"xavier"`, `"lecun"`, `"torch"`, `"small-gaussian"`, or the standard deviation of a Gaussian.
 
     Raises:
         UserError: an unknown name, images that are too small, or a dropout outside [0, 1].
@@ -83,7 +83,7 @@ class SqueezeNet(nn.Module):
         super().__init__()
         check_image_size(image_size, _SMALLEST_SMALL_IMAGE, "squeezenet")
         require(0 <= dropout <= 1, f"dropout must be between 0 and 1, got {dropout}: try 0.5.")
-        style = ConvStyle(norm, activation, init, placement)
+        style = ConvStyle(norm, activation, init, placement, fan="in")
         small = image_size <= LARGEST_SMALL_IMAGE
         self.smallest = _SMALLEST_SMALL_IMAGE if small else _SMALLEST_IMAGE[version]
         channels, kernel_size = _STEMS[version]

@@ -126,6 +126,13 @@ def test_a_norm_replaces_the_bias() -> None:
         assert all((layer.bias is not None) is bias for layer in convolutions)
 
 
+@pytest.mark.parametrize("name", ["googlenet", "inception_v1", "bn_inception"])
+def test_reductions_of_the_channels_do_not_blow_up_the_logits(name: str) -> None:
+    torch.manual_seed(0)
+    model = models.create(name, "none", 10, image_size=32).eval()
+    assert 0.05 < model(torch.randn(4, 3, 32, 32)).std() < 5
+
+
 @pytest.mark.parametrize("in_channels", [1, 3])
 @pytest.mark.parametrize("image_size", [4, 28, 32])
 def test_small_images_take_the_small_stem(image_size: int, in_channels: int) -> None:
