@@ -10,7 +10,7 @@ mode, they see those of `operators`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,7 +22,16 @@ from ._autograd import differentiable
 from ._backend import COMPOSED, Backend
 from ._transforms import check_vmap
 
-__all__ = ["BACKENDS", "PLAIN", "Backend", "batch_norm", "count_version", "first_to_support", "serve"]
+__all__ = [
+    "BACKENDS",
+    "PLAIN",
+    "Backend",
+    "batch_norm",
+    "count_version",
+    "first_to_support",
+    "serve",
+    "through_own_statistics",
+]
 
 BACKENDS: tuple[Backend, ...] = (cpu,)
 
@@ -49,10 +58,12 @@ def batch_norm(
         return reference.batch_norm(
             x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual
         )
-    if isinstance(momentum, Tensor):
-        return _with_momentum_on_device(
-            x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual, inplace
-        )
+    if isinstance(momentum, Tensor):  # backends take a number, for which the host would wait
+
+        def normalize(mean: Tensor | None, var: Tensor | None) -> Tensor:
+            return batch_norm(x, mean, var, weight, bias, training, 1.0, eps, activation, residual, inplace)
+
+        return through_own_statistics(normalize, x, running_mean, running_var, training, momentum)
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return torch.ops.bnkit.batch_norm(
             x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual
@@ -130,27 +141,25 @@ def _only_reference() -> bool:
     )
 
 
-def _with_momentum_on_device(
+def through_own_statistics(
+    normalize: Callable[[Tensor | None, Tensor | None], Tensor],
     x: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
     training: bool,
-    momentum: Tensor,
-    eps: float,
-    activation: str | None,
-    residual: Tensor | None,
-    inplace: bool,
+    momentum: float | Tensor,
 ) -> Tensor:
-    """Backends take momentum as a number, for which the host would wait: have the batch's own statistics instead."""
-    arguments = (weight, bias, training, 1.0, eps, activation, residual, inplace)
+    """`normalize(running_mean, running_var)`, in training in two steps.
+
+    With a momentum of 1 it leaves the batch's own statistics in the tensors it is given; PyTorch's operators then
+    update the running ones.
+    """
     if not training or running_mean is None or running_var is None or x.numel() == 0:
-        return batch_norm(x, running_mean, running_var, *arguments)
-    dtype = statistics_dtype(x.dtype)
-    mean, var = torch.zeros_like(running_mean, dtype=dtype), torch.zeros_like(running_var, dtype=dtype)
-    y = batch_norm(x, mean, var, *arguments)
+        return normalize(running_mean, running_var)
+    # Made from x: made from the running statistics, these would be kept for a pass that is repeated.
+    mean, var = (x.new_zeros(x.shape[1], dtype=statistics_dtype(x.dtype)) for _ in range(2))
+    y = normalize(mean, var)
     with torch.no_grad():
         for running, batch in ((running_mean, mean), (running_var, var)):
-            running.copy_((1 - momentum) * running + momentum * batch)
+            running.copy_((1 - momentum) * running + momentum * batch.view_as(running))
     return y

@@ -45,11 +45,19 @@ def _batch_norm(
     activation: str | None,
     residual: Tensor | None,
 ) -> Tensor:
-    arguments = (x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual)
     tensors = (x, running_mean, running_var, weight, bias, residual)
     plain = {type(t) for t in tensors} <= _PLAIN
     backend = dispatch.first_to_support(x, tensors[1:5], residual) if plain else None
-    return dispatch.serve(None if backend is None else _Operators, *arguments)
+    if backend is None:
+        return dispatch.serve(
+            None, x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual
+        )
+
+    def normalize(mean: Tensor | None, var: Tensor | None) -> Tensor:
+        return dispatch.serve(_Operators, x, mean, var, weight, bias, training, 1.0, eps, activation, residual)
+
+    # Under activation checkpointing the pass is repeated, which may not read what a graph's end has updated.
+    return dispatch.through_own_statistics(normalize, x, running_mean, running_var, training, momentum)
 
 
 def _batch_norm_forward(

@@ -237,3 +237,46 @@ def test_momentum_given_as_a_tensor_reaches_a_backend_as_a_number(formulas):
     case.momentum = torch.tensor(1.0)
     call(case)
     torch.testing.assert_close(case.running_mean, case.x.mean(0))
+
+
+MANY = torch.randn(5, 4, 3)
+REFUSED = {
+    "vmap": lambda f: torch.vmap(f, (0, None, None))(MANY, torch.zeros(3), torch.ones(3)),
+    "one of the two": lambda f: torch.vmap(f, (0, 0, None))(MANY, torch.zeros(5, 3), torch.ones(3)),
+    "per-sample gradients": lambda f: torch.vmap(torch.func.grad(lambda x: f(x, torch.zeros(3), torch.ones(3)).sum()))(
+        MANY
+    ),
+    "within another vmap": lambda f: torch.vmap(
+        lambda m, v: torch.vmap(f, (0, None, None))(MANY, m, v), in_dims=(0, 0)
+    )(torch.zeros(2, 3), torch.ones(2, 3)),
+}
+
+
+def trained(x, mean, var):
+    return ops.batch_norm(x, mean, var, None, None, True, 0.1, 1e-5, None, None)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_vmap_refuses_to_update_one_statistic_from_many_batches(name):
+    with pytest.raises(ValueError, match=r"only one running_mean .*stack_module_state.*track_running_stats=False"):
+        REFUSED[name](trained)
+
+
+def test_vmap_updates_statistics_that_it_maps_over():
+    mean, var = torch.zeros(5, 3), torch.ones(5, 3)
+    y = torch.vmap(trained)(MANY, mean, var)
+    for i, x in enumerate(MANY):
+        one_mean, one_var = torch.zeros(3), torch.ones(3)
+        torch.testing.assert_close(y[i], trained(x, one_mean, one_var))
+        torch.testing.assert_close((mean[i], var[i]), (one_mean, one_var))
+
+
+def test_vmap_needs_no_statistics_of_its_own_in_inference_or_without_any():
+    mean, var = torch.randn(3), torch.rand(3) + 0.5
+
+    def inference(x, training, *running):
+        return ops.batch_norm(x, *running, None, None, training, 0.1, 1e-5, None, None)
+
+    for arguments in ((False, mean, var), (True, None, None)):
+        together = torch.vmap(lambda x, a=arguments: inference(x, *a))(MANY)
+        torch.testing.assert_close(together, torch.stack([inference(x, *arguments) for x in MANY]))

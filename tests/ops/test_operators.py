@@ -130,7 +130,10 @@ def test_values_and_gradients(name):
 
     wanted = oracle.run(case, direct)
     for key, value in oracle.run(case, ours).items():
-        assert value is wanted[key] if value is None else torch.equal(value, wanted[key]), key
+        if value is None or key.startswith("running"):  # updated by other operators
+            torch.testing.assert_close(value, wanted[key])
+        else:
+            assert torch.equal(value, wanted[key]), key
 
 
 def test_second_derivatives():
