@@ -256,3 +256,10 @@ def test_what_is_not(case, tmp_path):
     found = problems(write(tmp_path, GOOD | files))
     assert len(found) == 1, found
     assert message in found[0]
+
+
+def test_names_of_test_files_are_unique():
+    """pytest imports a test file by its bare name, so two of one name fail, but only when both are collected."""
+    names = sorted(path.name for path in Path(__file__).parent.rglob("*.py"))
+    doubled = {name for name in names if names.count(name) > 1} - {"conftest.py"}
+    assert not doubled
