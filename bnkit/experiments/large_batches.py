@@ -43,8 +43,8 @@ class LargeBatchesConfig:
     epochs: int = 20
     large: int = 1024
     small: int = 32
-    rates: tuple[float, ...] = (0.03, 0.1, 0.3)
-    seeds: int = 3
+    rates: tuple[float, ...] = (0.1, 0.3)
+    seeds: int = 2
 
 
 @dataclass(frozen=True)
