@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import tempfile
@@ -45,9 +46,14 @@ class Network:
         return 2 * (ranks - 1) * (self.latency + message(channels) / ranks * self.byte)
 
     def step(self, ranks: int, layers: int, channels: int) -> float:
-        """Both directions of all layers. Linear in C, so the sum of the layers' channels is enough."""
-        fixed = layers - 1
-        return self.forward(ranks, channels) + self.backward(ranks, channels) + fixed * 3 * (ranks - 1) * self.latency
+        """Both directions of all layers, which have so many channels together."""
+        sent = layers * 16 + 16 * channels  # bytes: the sum of the layers' messages
+        return 3 * (ranks - 1) * layers * self.latency + (ranks - 1) * (1 + 2 / ranks) * sent * self.byte
+
+    def step_by_doubling(self, ranks: int, layers: int, channels: int) -> float:
+        """The same with the fewest messages after one another: log₂ R to gather, twice that to reduce over a tree."""
+        sent = layers * 16 + 16 * channels
+        return 3 * math.log2(ranks) * layers * self.latency + (ranks - 1 + 2 * (ranks > 1)) * sent * self.byte
 
 
 def message(channels: int) -> int:
@@ -108,14 +114,15 @@ def fit(small: dict[str, float], large: dict[str, float]) -> Network:
 
 
 def predictions() -> Table:
+    """A row for each number of ranks. That of 8 holds for any number in groups of 8."""
     cells = [
         [str(ranks)]
         + [f"{1e3 * network.step(ranks, *RESNET50):.3g}" for network in NETWORKS.values()]
-        + [f"{1e3 * network.step(min(ranks, 8), *RESNET50):.3g}" for network in NETWORKS.values()]
-        + [f"{(ranks - 1) * message(RESNET50[1]) / 1e6:.3g}"]
+        + [f"{1e3 * network.step_by_doubling(ranks, *RESNET50):.3g}" for network in NETWORKS.values()]
+        + [f"{(ranks - 1) * 16 * (RESNET50[0] + RESNET50[1]) / 1e6:.3g}"]
         for ranks in (1, 2, 4, 8, 16, 64, 256, 1024, 4096)
     ]
-    columns = ["ranks", *NETWORKS, *(f"{name}, groups of 8" for name in NETWORKS), "MB received forward"]
+    columns = ["ranks", *(f"ring, {name}" for name in NETWORKS), *(f"doubling, {name}" for name in NETWORKS), "MB"]
     return Table("Milliseconds that synchronization adds to a step of ResNet-50", columns, cells, "By the model.")
 
 

@@ -55,6 +55,17 @@ def kernels(
     _benchmark("bench_kernels").main(rounds, quick, save, device)
 
 
+@app.command()
+def surgery(
+    everything: Annotated[bool, typer.Option("--all", help="All of torchvision's models and most of timm's.")] = False,
+    export: Annotated[bool, typer.Option("--export", help="Also export and compile each folded model.")] = False,
+    speed: Annotated[int, typer.Option(help="Rounds in which to time each model, unfolded and folded.")] = 0,
+    save: Annotated[bool, typer.Option("--save", help="Write benchmarks/results/surgery.csv.")] = False,
+) -> None:
+    """Fold and convert over models of torchvision and timm: what folds, what doesn't and why, and how exact it is."""
+    _benchmark("bench_surgery").main(everything, save, export, speed)
+
+
 def _benchmark(name: str) -> Any:
     path = Path(__file__).parents[2] / "benchmarks" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(name, path) if path.exists() else None
@@ -62,5 +73,6 @@ def _benchmark(name: str) -> Any:
         raise UserError("the benchmarks are not part of an installed bnkit: run this from a clone of its repository.")
     sys.path.insert(0, str(path.parent))
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
