@@ -1,6 +1,7 @@
 """Seconds of recalibration against fvcore's `update_bn_stats` and torch's `update_bn`, on the same batches and model.
 
-The peers get the model in training mode with dropout off, as their documentation asks for. ResNet-20 has bnkit's layers, the others torch.nn's.
+The peers get the model in training mode with dropout off, as their documentation asks for. ResNet-20 has bnkit's
+layers, the others torch.nn's.
 """
 
 from __future__ import annotations
