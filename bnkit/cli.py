@@ -11,7 +11,7 @@ import typer
 
 from ._allocator import tune_allocator
 from ._checks import UserError
-from ._commands import adapt, bench, compare, convert, evaluate, fold, insert, models, recalibrate, train
+from ._commands import adapt, bench, compare, convert, evaluate, fold, insert, models, recalibrate, reproduce, train
 
 app = typer.Typer(
     help="Batch normalization for PyTorch, end to end.",
@@ -28,6 +28,7 @@ app.command()(adapt.adapt)
 app.command()(convert.convert)
 app.command()(insert.insert)
 app.command()(fold.fold)
+app.command()(reproduce.reproduce)
 app.add_typer(bench.app, name="bench")
 
 
