@@ -8,6 +8,7 @@ epochs.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ from ..nn import BatchNorm2d, GhostBatchNorm
 from ..report import Page
 from ..train import FitConfig
 from ._progress import Progress, Silent
-from ._trials import Trial, accuracy_table, best_of, is_better
+from ._trials import Outcome, Trial, accuracy_table, best_of, is_better
 from .small_batches import train_once
 
 CLAIM = (
@@ -34,7 +35,8 @@ class LargeBatchesConfig:
     Attributes:
         images: training images, the first of the set.
         epochs: passes over them.
-        large, small: batch sizes; the small one is the ghosts' too.
+        large, small: batch sizes.
+        ghosts: sizes of ghosts in the large batch.
         rates: learning rates of the large batch.
         seeds: runs of each.
     """
@@ -43,8 +45,9 @@ class LargeBatchesConfig:
     epochs: int = 20
     large: int = 1024
     small: int = 32
+    ghosts: tuple[int, ...] = (32, 2)
     rates: tuple[float, ...] = (0.1, 0.3)
-    seeds: int = 2
+    seeds: int = 3
 
 
 @dataclass(frozen=True)
@@ -75,11 +78,14 @@ def large_batches(config: LargeBatchesConfig | None = None, *, progress: Progres
 
 
 def _arms(config: LargeBatchesConfig) -> dict[str, tuple[Callable[[int], nn.Module], int]]:
-    return {
-        "large": (BatchNorm2d, config.large),
-        "large, ghosts": (lambda channels: GhostBatchNorm(channels, ghost_size=config.small), config.large),
-        "small": (BatchNorm2d, config.small),
+    ghosts = {
+        _ghosts(size): (functools.partial(GhostBatchNorm, ghost_size=size), config.large) for size in config.ghosts
     }
+    return {"large": (BatchNorm2d, config.large), **ghosts, "small": (BatchNorm2d, config.small)}
+
+
+def _ghosts(size: int) -> str:
+    return f"large, ghosts of {size}"
 
 
 def page_of(result: LargeBatches, command: str = "") -> Page:
@@ -98,10 +104,18 @@ def page_of(result: LargeBatches, command: str = "") -> Page:
 
 def summary(result: LargeBatches) -> list[str]:
     """The answer in sentences, each arm at its best rate."""
-    large, ghost, small = (best_of(result.trials, arm) for arm in ("large", "large, ghosts", "small"))
+    large, small = (best_of(result.trials, arm) for arm in ("large", "small"))
     gap = f"Batches of {result.config.small} reach {small}, batches of {result.config.large} {large}"
     gap += ": a gap." if is_better(small, large) else ": no gap beyond the noise."
-    helps = (
-        "higher" if is_better(ghost, large) else "lower" if is_better(large, ghost) else "no different beyond the noise"
+    return [gap, *(_verdict(best_of(result.trials, _ghosts(size)), large) for size in result.config.ghosts)]
+
+
+def _verdict(ghosts: Outcome, large: Outcome) -> str:
+    relation = "no different beyond the noise"
+    if is_better(ghosts, large):
+        relation = "higher"
+    elif is_better(large, ghosts):
+        relation = "lower"
+    return (
+        f"The large batch in {ghosts.arm.removeprefix('large, ')} reaches {ghosts} (rate {ghosts.rate:g}): {relation}."
     )
-    return [f"With ghosts, batches of {result.config.large} reach {ghost}: {helps}.", gap]

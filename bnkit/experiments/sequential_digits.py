@@ -47,7 +47,7 @@ class SequentialDigitsConfig:
     hidden_size: int = 64
     pixels: int = 8
     rates: tuple[float, ...] = (0.001, 0.005)
-    seeds: int = 1
+    seeds: int = 3
     test_images: int = 2000
 
 

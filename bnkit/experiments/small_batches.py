@@ -1,5 +1,8 @@
 """Claim: with two images a batch, batch renormalization and group normalization train well where batch norm does not.
 
+Started by torchrun with several processes, each has two images a step, batch norm the statistics of these, and
+synchronized batch norm those of all.
+
 Ioffe, "Batch Renormalization", 2017, https://arxiv.org/abs/1702.03275, section 4.2 (batches of 4 and less); Wu and He,
 "Group Normalization", 2018, https://arxiv.org/abs/1803.08494, figure 5 (batches of 2).
 """
@@ -7,14 +10,15 @@ Ioffe, "Batch Renormalization", 2017, https://arxiv.org/abs/1702.03275, section 
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from .. import data
-from ..nn import BatchNorm2d, BatchRenorm
+from ..nn import BatchNorm2d, BatchRenorm, SyncBatchNorm
 from ..report import Page
 from ..train import Diverged, FitConfig, fit
 from ._progress import Progress, Silent
@@ -32,15 +36,17 @@ class SmallBatchesConfig:
 
     Attributes:
         steps: updates of a run.
-        batch_size: images an update.
+        batch_size: images an update, in each process.
         rates: learning rates.
         seeds: runs of each.
+        processes: as many as torchrun started.
     """
 
     steps: int = 3000
     batch_size: int = 2
     rates: tuple[float, ...] = (0.003, 0.01, 0.03)
-    seeds: int = 2
+    seeds: int = 3
+    processes: int = field(default_factory=lambda: int(os.environ.get("WORLD_SIZE", "1")))
 
 
 @dataclass(frozen=True)
@@ -55,12 +61,19 @@ def small_batches(config: SmallBatchesConfig | None = None, *, progress: Progres
     """Train a small convolutional network on the bundled digits with each norm: see the module's claim."""
     config, progress = config or SmallBatchesConfig(), progress or Silent()
     digits, trials = data.load("digits"), []
-    norms = _norms(config.steps)
+    norms = _norms(config)
     runs = [(name, rate, seed) for name in norms for rate in config.rates for seed in range(config.seeds)]
     progress.phase(f"{len(runs)} runs with batches of {config.batch_size}", len(runs))
     for done, (name, rate, seed) in enumerate(runs, 1):
         fit_config = FitConfig(
-            config.steps, config.batch_size, rate, momentum=0.9, seed=seed, eval_every=config.steps, device="cpu"
+            config.steps,
+            config.batch_size * config.processes,
+            rate,
+            momentum=0.9,
+            seed=seed,
+            eval_every=config.steps,
+            device="cpu",
+            devices=config.processes,
         )
         trials.append(train_once(name, norms[name], digits, fit_config))
         progress.update(done, {trial.arm: trial.accuracy for trial in trials})
@@ -85,26 +98,32 @@ def small_network(norm: Callable[[int], nn.Module]) -> nn.Sequential:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
 
 
-def _norms(steps: int) -> dict[str, Callable[[int], nn.Module]]:
-    """The paper's schedule of renorm, 5,000 to 40,000 and 25,000 of some 200,000 steps, scaled to a run of `steps`."""
+def _norms(config: SmallBatchesConfig) -> dict[str, Callable[[int], nn.Module]]:
+    """The paper's schedule of renorm, 5,000 to 40,000 and 25,000 of some 200,000 steps, scaled to this run's."""
+    steps = config.steps
     first, last_r, last_d = max(steps // 40, 1), max(steps // 5, 2), max(steps // 8, 2)
 
     def renorm(channels: int) -> nn.Module:
         return BatchRenorm(channels, momentum=0.01, r_max=(first, last_r, 3.0), d_max=(first, last_d, 5.0))
 
-    return {
+    norms: dict[str, Callable[[int], nn.Module]] = {
         "none": lambda channels: nn.Identity(),
         "batch": lambda channels: BatchNorm2d(channels, momentum=0.01),
         "renorm": renorm,
         "group": lambda channels: nn.GroupNorm(8, channels),
     }
+    if config.processes > 1:
+        norms["sync"] = lambda channels: SyncBatchNorm(channels, momentum=0.01)
+    return norms
 
 
 def page_of(result: SmallBatches, command: str = "") -> Page:
     """The result as a report."""
     config = result.config
+    where = "" if config.processes == 1 else f" on each of {config.processes} processes"
     title = (
-        f"Test accuracy after {config.steps:,} batches of {config.batch_size} (mean ± standard deviation over seeds)"
+        f"Test accuracy after {config.steps:,} batches of {config.batch_size}{where}"
+        " (mean ± standard deviation over seeds)"
     )
     return Page(
         title="Batches of two images",
@@ -116,18 +135,25 @@ def page_of(result: SmallBatches, command: str = "") -> Page:
     )
 
 
+_NAMES = {
+    "renorm": "Batch renormalization",
+    "group": "Group normalization",
+    "sync": "Synchronized batch normalization",
+    "none": "No normalization",
+}
+
+
 def summary(result: SmallBatches) -> list[str]:
     """The answer in sentences, each norm at its best rate."""
-    batch = best_of(result.trials, "batch")
-    sentences = [_verdict(best_of(result.trials, arm), batch) for arm in ("renorm", "group", "none")]
+    batch, arms = best_of(result.trials, "batch"), {trial.arm for trial in result.trials}
+    sentences = [_verdict(best_of(result.trials, arm), batch) for arm in _NAMES if arm in arms]
     return [f"Batch normalization reaches {batch} (rate {batch.rate:g}).", *sentences]
 
 
 def _verdict(other: Outcome, batch: Outcome) -> str:
-    names = {"renorm": "Batch renormalization", "group": "Group normalization", "none": "No normalization"}
     relation = "no better or worse than the noise"
     if is_better(other, batch):
         relation = "better"
     elif is_better(batch, other):
         relation = "worse"
-    return f"{names[other.arm]} reaches {other} (rate {other.rate:g}): {relation}."
+    return f"{_NAMES[other.arm]} reaches {other} (rate {other.rate:g}): {relation}."

@@ -43,7 +43,7 @@ class FitConfig:
         normalize: `"unit"` scales pixels to [0, 1]; `"channel"` then also takes the training images' mean and
             standard deviation to 0 and 1, channel by channel; `"imagenet"` takes ImageNet's instead of their own, as
             pretrained weights expect.
-        precision: `"32-true"`, `"64-true"` (one device only), or `"bf16-mixed"` (autocast).
+        precision: `"32-true"`, `"64-true"`, or `"bf16-mixed"` (autocast).
         channels_last: Keep images and convolutions' weights with the channel innermost in memory.
         device: `"auto"` (CUDA, else Apple's GPU, else CPU), `"cpu"`, `"cuda"` or `"mps"`.
         devices: Processes that train together, each on its own device and its own share of every batch, by
@@ -115,11 +115,6 @@ class FitConfig:
             self.batch_size % self.devices == 0,
             f"the batch must split evenly over the devices, got batch_size={self.batch_size} on "
             f"devices={self.devices}: choose a multiple.",
-        )
-        # Fabric hands float64 outputs on as float32.
-        require(
-            self.devices == 1 or self.precision != "64-true",
-            f"precision 64-true is for one device, got devices={self.devices}: choose 32-true.",
         )
         if self.checkpoint_every is not None:
             _require_integer("checkpoint_every", self.checkpoint_every, at_least=1)

@@ -108,10 +108,11 @@ def _through_fabric(model: nn.Module, config: FitConfig, device: torch.device, d
         accelerator=device.type,
         devices=config.devices,
         strategy="ddp" if config.devices > 1 else "auto",
-        precision=config.precision,  # pyright: ignore[reportArgumentType]
+        # With 64-true Fabric would hand outputs on as float32; with 32-true it leaves all types as they are.
+        precision="bf16-mixed" if config.precision == "bf16-mixed" else "32-true",
     )
     fabric.launch()
-    forward = fabric.setup_module(model)
+    forward = fabric.setup_module(model.to(dtype))
     return Devices(
         fabric.device, dtype, forward, fabric.backward, fabric.autocast, fabric.global_rank, fabric.world_size
     )

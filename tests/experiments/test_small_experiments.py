@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 
 from bnkit.experiments import large_batches, sequential_digits, small_batches
 from bnkit.experiments._trials import Trial, accuracy_table, best_of, is_better, outcomes
-from bnkit.nn import BatchRenorm, GhostBatchNorm
+from bnkit.nn import BatchRenorm, GhostBatchNorm, SyncBatchNorm
 
 
 def trials(**accuracies):
@@ -61,11 +62,14 @@ def test_small_batches_words_follow_the_numbers(renorm, word):
     [((0.95, 0.95), "higher."), ((0.5, 0.5), "lower."), ((0.80, 0.81), "no different beyond the noise.")],
 )
 def test_large_batches_words_follow_the_numbers(ghosts, word):
-    found = trials(large=(0.80, 0.81), large__ghosts=ghosts, small=(0.9, 0.91))
-    found = [Trial("large, ghosts" if "ghosts" in t.arm else t.arm, *list(vars(t).values())[1:]) for t in found]
+    found = trials(large=(0.80, 0.81), small=(0.9, 0.91))
+    for size, accuracies in ((32, ghosts), (2, (0.1, 0.1))):
+        found += [dataclasses.replace(t, arm=f"large, ghosts of {size}") for t in trials(ghosts=accuracies)]
     sentences = large_batches.summary(large_batches.LargeBatches(large_batches.LargeBatchesConfig(), found))
-    assert sentences[0].endswith(word)
-    assert sentences[1].endswith(": a gap.")
+    assert sentences[0].endswith(": a gap.")
+    assert "ghosts of 32" in sentences[1]
+    assert sentences[1].endswith(word)
+    assert sentences[2].endswith("lower.")
 
 
 @pytest.mark.parametrize(
@@ -89,13 +93,13 @@ def test_small_batches_runs():
 def test_large_batches_runs():
     config = large_batches.LargeBatchesConfig(images=64, epochs=1, large=64, small=16, rates=(0.01,), seeds=1)
     result = large_batches.large_batches(config)
-    assert [trial.arm for trial in result.trials] == ["large", "large, ghosts", "small"]
+    assert [trial.arm for trial in result.trials] == ["large", "large, ghosts of 32", "large, ghosts of 2", "small"]
     assert large_batches.page_of(result).configuration["images"] == 64
 
 
 def test_sequential_digits_runs():
     config = sequential_digits.SequentialDigitsConfig(
-        steps=2, batch_size=8, hidden_size=8, pixels=28, rates=(0.01,), test_images=500
+        steps=2, batch_size=8, hidden_size=8, pixels=28, rates=(0.01,), seeds=1, test_images=500
     )
     result = sequential_digits.sequential_digits(config)
     assert [trial.arm for trial in result.trials] == ["LSTM", "BNLSTM"]
@@ -110,12 +114,13 @@ def test_the_same_seed_gives_the_same_run():
 
 
 def test_the_networks_have_the_norms_they_are_named_for():
-    norms = small_batches._norms(4000)
+    norms = small_batches._norms(small_batches.SmallBatchesConfig(steps=4000, processes=2))
     renorm = [m for m in small_batches.small_network(norms["renorm"]).modules() if isinstance(m, BatchRenorm)]
     assert [m.num_features for m in renorm] == [16, 32, 64]
     assert renorm[0].r_max == (100, 800, 3.0)
     assert not any("Norm" in type(m).__name__ for m in small_batches.small_network(norms["none"]).modules())
-    norm, size = large_batches._arms(large_batches.LargeBatchesConfig())["large, ghosts"]
+    assert isinstance(norms["sync"](8), SyncBatchNorm)
+    norm, size = large_batches._arms(large_batches.LargeBatchesConfig())["large, ghosts of 32"]
     layer = norm(8)
     assert isinstance(layer, GhostBatchNorm)
     assert (layer.ghost_size, size) == (32, 1024)

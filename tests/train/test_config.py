@@ -67,7 +67,6 @@ def test_it_is_frozen() -> None:
         ({"device": "gpu"}, "unknown device 'gpu': did you mean cpu"),
         ({"warmup_steps": 11}, "the warm-up must end within the run, got warmup_steps=11 of steps=10"),
         ({"batch_size": 9, "devices": 2}, "batch must split evenly over the devices, got batch_size=9 on devices=2"),
-        ({"precision": "64-true", "devices": 2}, "precision 64-true is for one device, got devices=2"),
         ({"eval_every": 4, "checkpoint_every": 6}, "checkpoint_every must be a multiple of eval_every=4, got 6"),
     ],
 )
