@@ -1,8 +1,21 @@
-"""Labelled image sets, whole in memory, the order to visit them in, and random changes of them."""
+"""Labelled images, whole in memory or in files, the order to visit them in, and random changes of them."""
 
 from ._augment import Augmentation
 from ._image_set import ImageSet
 from ._load import load, names
-from ._order import BatchOrder
+from ._order import SHUFFLES, BatchOrder
+from ._photographs import Example, Examples, Photographs, photographs, usual_side
 
-__all__ = ["Augmentation", "BatchOrder", "ImageSet", "load", "names"]
+__all__ = [
+    "SHUFFLES",
+    "Augmentation",
+    "BatchOrder",
+    "Example",
+    "Examples",
+    "ImageSet",
+    "Photographs",
+    "load",
+    "names",
+    "photographs",
+    "usual_side",
+]

@@ -21,7 +21,7 @@ def decode(content: bytes, size: int) -> np.ndarray:
         Exception: of any kind, where the file is damaged: Pillow's readers raise what they come across.
     """
     with Image.open(io.BytesIO(content)) as file:
-        image = _eight_bits(file)
+        image = eight_bits(file)
     width, height = image.size
     short = min(width, height)
     if short != size:
@@ -31,7 +31,8 @@ def decode(content: bytes, size: int) -> np.ndarray:
     return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
+def eight_bits(image: Image.Image) -> Image.Image:
+    """`image` as RGB or gray of 8 bits; loads it."""
     if image.mode.startswith("I;16"):
         # Pillow's own conversion cuts off at 255, which turns nearly every such image white.
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))

@@ -8,7 +8,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .._checks import require
+from .._checks import require, unknown
+
+SHUFFLES = ("all", "within-shards", "shards")
+_SHARD = 1024
 
 
 class BatchOrder:
@@ -22,22 +25,28 @@ class BatchOrder:
         batch_size: examples a batch.
         seed: any integer; equal seeds give equal orders.
         drop_last: leave out an epoch's last, smaller batch. With False it is yielded.
+        shuffle: `"all"` examples anew in each epoch; or, as where they are read from shards of 1,024, drawn once,
+            `"shards"`, which then always hold the same examples in the same order, or `"within-shards"`, which are
+            shuffled too (Ioffe and Szegedy 2015, section 4.2.1).
 
     Yields:
         int64 tensors of indices in [0, n), (batch_size,).
 
     Raises:
-        UserError: `n` or `batch_size` is below 1, or `drop_last` leaves an epoch without batches.
+        UserError: `n` or `batch_size` is below 1, or `drop_last` leaves an epoch without batches; an unknown
+            `shuffle`.
     """
 
-    def __init__(self, n: int, batch_size: int, seed: int, *, drop_last: bool = True) -> None:
+    def __init__(self, n: int, batch_size: int, seed: int, *, drop_last: bool = True, shuffle: str = "all") -> None:
         require(n >= 1, f"the number of examples must be at least 1, got {n}: choose a data set that has some.")
         require(batch_size >= 1, f"the batch size must be at least 1, got {batch_size}: choose a larger one.")
         require(
             batch_size <= n or not drop_last,
             f"the batch size {batch_size} exceeds the {n} training examples: choose a smaller one.",
         )
-        self.n, self.batch_size, self.seed, self.drop_last = n, batch_size, seed, drop_last
+        if shuffle not in SHUFFLES:
+            raise unknown("shuffle", shuffle, SHUFFLES)
+        self.n, self.batch_size, self.seed, self.drop_last, self.shuffle = n, batch_size, seed, drop_last, shuffle
         self.batches_per_epoch = n // batch_size if drop_last else -(-n // batch_size)
         self._epoch, self._position = 0, 0
         self._batches: tuple[Tensor, ...] = ()
@@ -83,7 +92,16 @@ class BatchOrder:
         self._epoch, self._position, self._batches = epoch, position, ()
 
     def _permutation(self) -> Tensor:
+        generator = self._generator(str(self._epoch))
+        if self.shuffle == "all":
+            return torch.randperm(self.n, generator=generator)
+        shards = torch.randperm(self.n, generator=self._generator("shards")).split(_SHARD)
+        order = torch.randperm(len(shards), generator=generator).tolist()
+        if self.shuffle == "shards":
+            return torch.cat([shards[i] for i in order])
+        return torch.cat([shards[i][torch.randperm(len(shards[i]), generator=generator)] for i in order])
+
+    def _generator(self, purpose: str) -> torch.Generator:
         # Hashed, so that (seed 0, epoch 1) and (seed 1, epoch 0) have nothing in common, as they would if added.
-        digest = hashlib.sha256(f"{self.seed} {self._epoch}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
-        return torch.randperm(self.n, generator=generator)
+        digest = hashlib.sha256(f"{self.seed} {purpose}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .._checks import UserError, require
 from .._files import written_aside
-from ..data import ImageSet
+from ..data import ImageSet, Photographs
 from ._config import FitConfig
 from ._history import Evaluation
 from ._run import Run
@@ -21,7 +21,7 @@ from ._run import Run
 _FORMAT = 2
 _KEYS = ("format", "config", "data", "step", "evaluations", "model", "average", "optimizer", "order", "random")
 # What neither the weights nor their course depends on.
-_FREE_SETTINGS = frozenset({"eval_every", "eval_batch_size", "checkpoint_every", "device"})
+_FREE_SETTINGS = frozenset({"eval_every", "eval_batch_size", "checkpoint_every", "device", "workers"})
 
 
 def save(path: str | os.PathLike[str], run: Run) -> None:
@@ -87,7 +87,7 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _describe(data: ImageSet) -> dict[str, Any]:
+def _describe(data: ImageSet | Photographs) -> dict[str, Any]:
     return {
         "name": data.name,
         "train": len(data.train_labels),

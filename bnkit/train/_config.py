@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from .._checks import UserError, require, unknown
-from ..data import Augmentation
+from ..data import SHUFFLES, Augmentation
 
-SCHEDULES = ("constant", "cosine", "step")
+SCHEDULES = ("constant", "cosine", "step", "exponential")
+LOSSES = ("cross-entropy", "rbf", "rbf-discriminative")
 NORMALIZATIONS = ("channel", "unit", "imagenet")
 PRECISIONS = ("32-true", "64-true", "bf16-mixed")
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -27,12 +28,17 @@ class FitConfig:
         momentum: Of SGD, in [0, 1).
         weight_decay: L2 penalty on weights; norms' parameters and biases are spared (see `parameter_groups`).
         nesterov: Nesterov's momentum, as `torch.optim.SGD` has it.
-        schedule: `"constant"`; `"cosine"` down to zero at the last step (Loshchilov and Hutter 2017); or `"step"`, a
+        schedule: `"constant"`; `"cosine"` down to zero at the last step (Loshchilov and Hutter 2017); `"step"`, a
             tenth after half of the steps and a hundredth after three quarters (He et al. 2015, "Deep Residual
-            Learning", section 4.2).
+            Learning", section 4.2); or `"exponential"` by `decay`.
+        decay: Factor, in (0, 1], that the exponential schedule reaches at the end of the run.
         warmup_steps: Steps over which the rate first grows linearly to `lr` (Goyal et al. 2017, section 2.2).
+        loss: `"cross-entropy"`; or for `lenet5_1998`, which gives negative distances, `"rbf"` (equation 8 of LeCun et
+            al. 1998) or `"rbf-discriminative"` (equation 9, with j = 0.1). Of a network with auxiliary heads, their
+            losses count 0.3 each (Szegedy et al. 2015, section 5). Evaluations have the cross-entropy.
         label_smoothing: Part of each label's probability that is spread over all classes (Szegedy et al. 2016, section
             7), in training only, in [0, 1).
+        shuffle: `"all"` training images each epoch, `"within-shards"` or `"shards"`; see `bnkit.data.BatchOrder`.
         augment: Changes of the training images, such as `"crop=4,flip"`; see `bnkit.data.Augmentation`.
         ema: Decay of an exponential moving average of the weights over the steps, 0 for none. Evaluations are then of
             the average, and the model becomes it at the end of the run; see `fit`.
@@ -49,6 +55,9 @@ class FitConfig:
         devices: Processes that train together, each on its own device and its own share of every batch, by
             `DistributedDataParallel`. More than one are started with `torchrun --nproc-per-node`.
 
+        workers: Processes that decode photographs, 0 for none but the training's own; by default one a core, 8 at
+            most.
+
     Raises:
         UserError: a value out of range.
     """
@@ -60,8 +69,11 @@ class FitConfig:
     weight_decay: float = 0.0
     nesterov: bool = False
     schedule: str = "constant"
+    decay: float = 0.01
     warmup_steps: int = 0
+    loss: str = "cross-entropy"
     label_smoothing: float = 0.0
+    shuffle: str = "all"
     augment: str = "none"
     ema: float = 0.0
     seed: int = 0
@@ -73,12 +85,15 @@ class FitConfig:
     channels_last: bool = False
     device: str = "auto"
     devices: int = 1
+    workers: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "eval_every", "eval_batch_size", "devices"):
             _require_integer(name, getattr(self, name), at_least=1)
         _require_integer("warmup_steps", self.warmup_steps, at_least=0)
         _require_integer("seed", self.seed, at_least=0)
+        if self.workers is not None:
+            _require_integer("workers", self.workers, at_least=0)
         require(
             _is_finite(self.lr) and self.lr > 0,
             f"lr must be a positive number, got {self.lr!r}: try 0.1.",
@@ -90,8 +105,14 @@ class FitConfig:
             _is_finite(self.weight_decay) and self.weight_decay >= 0,
             f"weight_decay must be zero or positive, got {self.weight_decay!r}: try 1e-4.",
         )
+        require(
+            _is_finite(self.decay) and 0 < self.decay <= 1,
+            f"decay must be in (0, 1], got {self.decay!r}: try 0.01.",
+        )
         for name, choices in (
             ("schedule", SCHEDULES),
+            ("loss", LOSSES),
+            ("shuffle", SHUFFLES),
             ("normalize", NORMALIZATIONS),
             ("precision", PRECISIONS),
             ("device", DEVICES),
@@ -105,6 +126,10 @@ class FitConfig:
         require(
             self.momentum > 0 or not self.nesterov,
             f"Nesterov's momentum needs one, got momentum={self.momentum}: try 0.9.",
+        )
+        require(
+            self.label_smoothing == 0 or self.loss == "cross-entropy",
+            f"label smoothing is for the cross-entropy, got loss={self.loss!r}: leave one of them out.",
         )
         require(
             self.warmup_steps <= self.steps,

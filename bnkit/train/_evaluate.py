@@ -10,13 +10,13 @@ from torch.nn import functional as F
 
 from .._checks import require
 from .._modes import evaluating
-from ..data import ImageSet
-from ._batches import Batches
+from ..data import ImageSet, Photographs
+from ._batches import Batches, batches_of
 from ._config import FitConfig
 from ._devices import Devices, place
 
 
-def evaluate(model: nn.Module, data: ImageSet, config: FitConfig) -> tuple[float, float]:
+def evaluate(model: nn.Module, data: ImageSet | Photographs, config: FitConfig) -> tuple[float, float]:
     """Mean cross-entropy and accuracy of `model` on the test images, in evaluation mode.
 
     Args:
@@ -31,10 +31,10 @@ def evaluate(model: nn.Module, data: ImageSet, config: FitConfig) -> tuple[float
         UserError: the model has too few outputs, or the device is not there.
     """
     devices = place(model, config)
-    return evaluate_placed(model, Batches(data, config, devices), devices, data.num_classes, config)
+    return evaluate_placed(model, batches_of(data, config, devices), devices, data.num_classes, config)
 
 
-def probabilities(model: nn.Module, data: ImageSet, config: FitConfig) -> Tensor:
+def probabilities(model: nn.Module, data: ImageSet | Photographs, config: FitConfig) -> Tensor:
     """Each test image's probability of each class: the softmax of the logits, in evaluation mode.
 
     The mean of several models' is their ensemble (Ioffe and Szegedy 2015, section 4.2.3).
@@ -45,7 +45,7 @@ def probabilities(model: nn.Module, data: ImageSet, config: FitConfig) -> Tensor
         (N, outputs), float32 on the CPU.
     """
     devices = place(model, config)
-    batches = Batches(data, config, devices)
+    batches = batches_of(data, config, devices)
     parts = _logits(model, batches, devices, data.num_classes, config.eval_batch_size)
     return torch.cat([logits.softmax(1).float().cpu() for logits, _ in parts])
 

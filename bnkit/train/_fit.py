@@ -8,15 +8,15 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .._checks import UserError
-from ..data import ImageSet
+from ..data import ImageSet, Photographs
 from ..population import EMA
 from ._checkpoint import load, save
 from ._config import FitConfig
 from ._evaluate import evaluate_placed
 from ._history import Evaluation, History
+from ._loss import training_loss
 from ._run import Run, start
 from ._schedule import learning_rate
 
@@ -37,7 +37,7 @@ class Diverged(UserError):
 
 def fit(
     model: nn.Module,
-    data: ImageSet,
+    data: ImageSet | Photographs,
     config: FitConfig,
     *,
     on_evaluation: Callable[[Evaluation], object] | None = None,
@@ -62,7 +62,7 @@ def fit(
 
 def iterate(
     model: nn.Module,
-    data: ImageSet,
+    data: ImageSet | Photographs,
     config: FitConfig,
     *,
     resume: str | os.PathLike[str] | None = None,
@@ -99,14 +99,15 @@ def iterate(
     yield from tuple(run.evaluations)
     if not run.evaluations:
         yield _record(run, None, checkpoint)
+    batches = run.batches.stream(run.order)
     while run.step < config.steps:
-        train_loss = _advance(run)
+        train_loss = _advance(run, batches)
         yield _record(run, train_loss, checkpoint)
     if run.average is not None:
         model.load_state_dict(run.average.module.state_dict())
 
 
-def _advance(run: Run) -> float:
+def _advance(run: Run, batches: Iterator[tuple[Tensor, Tensor]]) -> float:
     """Train up to the next evaluation; the mean loss on the way there."""
     config, optimizer, first = run.config, run.optimizer, run.step
     end = min(config.steps, (first // config.eval_every + 1) * config.eval_every)
@@ -116,8 +117,8 @@ def _advance(run: Run) -> float:
         for step in range(first, end):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step)
-            images, labels = run.batches.training(next(run.order))
-            loss = F.cross_entropy(run.devices.forward(images), labels, label_smoothing=config.label_smoothing)
+            images, labels = next(batches)
+            loss = training_loss(run.devices.forward(images), labels, config)
             optimizer.zero_grad()
             run.devices.backward(loss)
             optimizer.step()

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from ..data import BatchOrder, ImageSet
+from ..data import BatchOrder, ImageSet, Photographs
 from ..population import EMA
-from ._batches import Batches
+from ._batches import Batches, batches_of
 from ._config import FitConfig
 from ._devices import Devices, place
 from ._groups import parameter_groups
@@ -24,7 +24,7 @@ class Run:
     """
 
     model: nn.Module
-    data: ImageSet
+    data: ImageSet | Photographs
     config: FitConfig
     devices: Devices
     batches: Batches
@@ -37,9 +37,9 @@ class Run:
     evaluations: list[Evaluation] = field(default_factory=list)
 
 
-def start(model: nn.Module, data: ImageSet, config: FitConfig) -> Run:
+def start(model: nn.Module, data: ImageSet | Photographs, config: FitConfig) -> Run:
     """A run at step 0, with model and data on their device."""
-    order = BatchOrder(len(data.train_labels), config.batch_size, config.seed)
+    order = BatchOrder(len(data.train_labels), config.batch_size, config.seed, shuffle=config.shuffle)
     devices = place(model, config)
     # Of SGD's implementations the fused one is the fastest, with few small parameters as with many large ones.
     optimizer = torch.optim.SGD(
@@ -54,7 +54,7 @@ def start(model: nn.Module, data: ImageSet, config: FitConfig) -> Run:
         data=data,
         config=config,
         devices=devices,
-        batches=Batches(data, config, devices),
+        batches=batches_of(data, config, devices),
         average=EMA(model, config.ema, buffers="recalibrate") if config.ema else None,
         optimizer=optimizer,
         order=order,

@@ -1,0 +1,99 @@
+"""Photographs in files as batches, decoded ahead by processes of their own."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from .._checks import require
+from ..data import Augmentation, BatchOrder, Examples, Photographs
+from ..data import Example as Decoded
+from ._config import FitConfig
+from ._devices import Devices
+from ._normalize import Normalization
+
+_MOST_WORKERS = 8
+
+Keys = list[tuple[int, int]]
+Loaded = tuple[Tensor, Tensor, str]
+
+
+class PhotographBatches:
+    """Batches of `data`, in the order and with the random changes that follow from the seed alone.
+
+    Args:
+        data: The photographs.
+        config: `augment` changes training images, `workers` processes do it; `normalize` and `channels_last`.
+        devices: Where, and which share of each training batch.
+    """
+
+    def __init__(self, data: Photographs, config: FitConfig, devices: Devices) -> None:
+        self._data, self._config, self._devices = data, config, devices
+        self._normalized = Normalization(data, config, devices)
+
+    def stream(self, order: BatchOrder) -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's share of the training batches in `order`, which moves on with each that is taken."""
+        augmentation = Augmentation.parse(self._config.augment)
+        examples = self._data.training_examples(augmentation, self._config.seed)
+        # The workers run ahead, so they follow an order of their own.
+        for batch in self._load(examples, self._shares(copy.deepcopy(order))):
+            next(order)
+            yield batch
+
+    def calibration(self, count: int, batch_size: int) -> Iterator[Tensor]:
+        """This process's share of `count` training images spread over all, not augmented."""
+        examples = self._data.calibration_examples()
+        index = range(0, len(examples), max(1, len(examples) // count))[:count]
+        share = index[self._devices.rank :: self._devices.world]
+        for images, _ in self._load(examples, _split(share, batch_size)):
+            yield images
+
+    def test(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The test images and labels in order."""
+        examples = self._data.test_examples()
+        return self._load(examples, _split(range(len(examples)), batch_size))
+
+    def _shares(self, order: BatchOrder) -> Iterator[Keys]:
+        while True:
+            epoch, index = order.epoch, next(order)
+            yield [(i, epoch) for i in index[self._devices.rank :: self._devices.world].tolist()]
+
+    def _load(self, examples: Examples, keys: Iterable[Keys]) -> Iterator[tuple[Tensor, Tensor]]:
+        device = self._devices.device
+        loader = DataLoader(
+            examples,
+            batch_sampler=keys,  # pyright: ignore[reportArgumentType]
+            num_workers=self._workers(),
+            collate_fn=_collated,
+            pin_memory=device.type == "cuda",
+            generator=torch.Generator(),  # else it would draw from the run's own random numbers
+        )
+        for images, labels, fault in loader:
+            require(
+                not fault or self._data.skip_corrupt,
+                f"{fault}: replace or remove it, or leave such files out with --skip-corrupt (skip_corrupt=True).",
+            )
+            require(len(images) > 0, f"no photograph of a batch could be read; one reason: {fault}; replace them.")
+            yield self._normalized(images.to(device, non_blocking=True)), labels.to(device, non_blocking=True)
+
+    def _workers(self) -> int:
+        if self._config.workers is not None:
+            return self._config.workers
+        return min(_MOST_WORKERS, max(1, (os.cpu_count() or 1) // self._devices.world))
+
+
+def _split(index: range, batch_size: int) -> list[Keys]:
+    return [[(i, 0) for i in index[first : first + batch_size]] for first in range(0, len(index), batch_size)]
+
+
+def _collated(examples: list[Decoded]) -> Loaded:
+    """Images (n, 3, H, W) and labels of those that could be read, and why the first other one could not."""
+    read = [example for example in examples if not isinstance(example, str)]
+    fault = next((example for example in examples if isinstance(example, str)), "")
+    images = torch.stack([image for image, _ in read]) if read else torch.empty(0)
+    return images, torch.tensor([label for _, label in read], dtype=torch.int64), fault
