@@ -69,8 +69,9 @@ def run(
 
     require(split in ("train", "test"), f"--split must be train or test, got {split}.")
     require(batch_size >= 1, f"--batch-size must be at least 1, got {batch_size}: 128 is usual.")
-    check_writable(out.parent)
     first = os.environ.get("RANK", "0") == "0"
+    if first:
+        check_writable(out.parent)
     console = Console(stderr=as_json, quiet=not first)
     images = load_data(**source, console=console)
     model = build_model(recipe, images)

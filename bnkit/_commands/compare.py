@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
+import os
 import shlex
 import sys
 import time
@@ -35,7 +36,10 @@ def compare(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print run.json instead of tables.")] = False,
 ) -> None:
-    """Show what batch normalization buys: a network without and with it, on the same batches."""
+    """Show what batch normalization buys: a network without and with it, on the same batches.
+
+    Start it with torchrun for several processes that share each batch; networks that train as one stack use one.
+    """
     from ..experiments import CompareConfig
 
     config = CompareConfig(
@@ -52,6 +56,7 @@ def compare(
         image_size=image_size,
         threads=threads,
         device=device,
+        devices=int(os.environ.get("WORLD_SIZE", "1")),
         data_dir=data_dir,
         download=download,
         skip_corrupt=skip_corrupt,
@@ -64,11 +69,17 @@ def _compare(config: Any, out: Path, as_json: bool) -> None:
     from .._files import check_writable
     from ..report import LiveProgress, print_page
 
-    check_writable(out)
-    console = Console(stderr=as_json)
+    first = os.environ.get("RANK", "0") == "0"
+    if first:
+        check_writable(out)
+    elif config.stacked:
+        return  # a stack of small networks trains on one process
+    console = Console(stderr=as_json, quiet=not first)
     command = shlex.join(["bnkit", *sys.argv[1:]])
     with LiveProgress(console).shown() as progress:
         result = experiments.compare(config, progress=progress)
+    if not first:
+        return
     experiments.save(result, out, command)
     if as_json:
         print(json_module.dumps(experiments.to_dict(result, command), indent=2, allow_nan=False))

@@ -80,10 +80,10 @@ def _run(
     from .._files import check_writable
     from ..report import LiveProgress, print_page
 
-    if out is not None:
+    first = os.environ.get("RANK", "0") == "0"
+    if first and out is not None:
         check_writable(out)
     torch.set_num_threads(threads)
-    first = os.environ.get("RANK", "0") == "0"
     console = Console(stderr=as_json, quiet=not first)
     with LiveProgress(console).shown() as progress:
         result = experiment(**options, progress=progress)

@@ -151,8 +151,9 @@ def _run(
 
     from ..report import LiveProgress, print_page
 
-    check_writable(out)
     first = int(os.environ.get("RANK", "0")) == 0
+    if first:
+        check_writable(out)
     torch.manual_seed(config.seed)
     model = build_model(recipe, images)
     if recipe["weights"] is not None and not resume:

@@ -50,6 +50,7 @@ class CompareConfig:
         image_size: side to which the images of a folder are resized; None for the data's own.
         threads: CPU threads; by default PyTorch's, or one where the stack measures that to be faster.
         device: `"cpu"`, `"cuda"`, or `"auto"`.
+        devices: processes that share each batch, started by torchrun; networks that train as one stack use one.
         data_dir, download, skip_corrupt: see `bnkit.data.load`.
     """
 
@@ -67,6 +68,7 @@ class CompareConfig:
     image_size: int | None = None
     threads: int | None = None
     device: str = "auto"
+    devices: int = 1
     data_dir: str | None = None
     download: bool = False
     skip_corrupt: bool = False
@@ -245,6 +247,7 @@ def _run_separately(result: Comparison, data: ImageSet, device: torch.device, pr
         eval_every=every,
         normalize="unit" if config.model == "mlp" else "channel",
         device=device.type,
+        devices=config.devices,
     )
     evaluations = [*range(0, config.steps, every), config.steps]
     progress.phase("training", config.steps)

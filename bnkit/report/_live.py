@@ -42,7 +42,7 @@ class LiveProgress:
         for task in self._bars.tasks:
             self._bars.update(task.id, completed=task.total)
         self._bars.add_task(title, total=steps)
-        if not self._console.is_terminal:
+        if not self._console.is_terminal and not self._console.quiet:
             print(f"{title}: {steps:,} steps", file=self._console.file, flush=True)
         self._accuracies = {}
 
