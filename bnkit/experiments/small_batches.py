@@ -42,7 +42,7 @@ class SmallBatchesConfig:
         processes: as many as torchrun started.
     """
 
-    steps: int = 3000
+    steps: int = 2000
     batch_size: int = 2
     rates: tuple[float, ...] = (0.003, 0.01, 0.03)
     seeds: int = 3
