@@ -42,9 +42,9 @@ class SmallBatchesConfig:
         processes: as many as torchrun started.
     """
 
-    steps: int = 2000
+    steps: int = 1500
     batch_size: int = 2
-    rates: tuple[float, ...] = (0.003, 0.01, 0.03)
+    rates: tuple[float, ...] = (0.005, 0.02)
     seeds: int = 3
     processes: int = field(default_factory=lambda: int(os.environ.get("WORLD_SIZE", "1")))
 
