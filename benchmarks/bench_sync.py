@@ -10,24 +10,27 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from _harness import save_results
 from rich.console import Console
 from torch.multiprocessing.spawn import spawn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
+from bnkit import models
 from bnkit.nn import BatchNorm2d, SyncBatchNorm
 from bnkit.report import Table, print_table
 
 CHANNELS = (16, 256, 2048)
-RESNET50 = (53, 26_560)  # layers, channels in all of them
+RESNET20, RESNET50 = (19, 688), (53, 26_560)  # layers, channels in all of them
 
 
 @dataclass(frozen=True)
@@ -51,9 +54,8 @@ class Network:
         return 3 * (ranks - 1) * layers * self.latency + (ranks - 1) * (1 + 2 / ranks) * sent * self.byte
 
     def step_by_doubling(self, ranks: int, layers: int, channels: int) -> float:
-        """The same with the fewest messages after one another: log₂ R to gather, twice that to reduce over a tree."""
-        sent = layers * 16 + 16 * channels
-        return 3 * math.log2(ranks) * layers * self.latency + (ranks - 1 + 2 * (ranks > 1)) * sent * self.byte
+        """The same bytes with the fewest messages after one another: log₂ R to gather, twice that to reduce."""
+        return self.step(ranks, layers, channels) - 3 * (ranks - 1 - math.log2(ranks)) * layers * self.latency
 
 
 def message(channels: int) -> int:
@@ -116,30 +118,51 @@ def fit(small: dict[str, float], large: dict[str, float]) -> Network:
 def predictions() -> Table:
     """A row for each number of ranks. That of 8 holds for any number in groups of 8."""
     cells = [
-        [str(ranks)]
-        + [f"{1e3 * network.step(ranks, *RESNET50):.3g}" for network in NETWORKS.values()]
-        + [f"{1e3 * network.step_by_doubling(ranks, *RESNET50):.3g}" for network in NETWORKS.values()]
-        + [f"{(ranks - 1) * 16 * (RESNET50[0] + RESNET50[1]) / 1e6:.3g}"]
+        [
+            f"{ranks:,}",
+            f"{(ranks - 1) * 16 * sum(RESNET50) / 1e6:,.1f}",
+            *(_span(net, ranks) for net in NETWORKS.values()),
+        ]
         for ranks in (1, 2, 4, 8, 16, 64, 256, 1024, 4096)
     ]
-    columns = ["ranks", *(f"ring, {name}" for name in NETWORKS), *(f"doubling, {name}" for name in NETWORKS), "MB"]
-    return Table("Milliseconds that synchronization adds to a step of ResNet-50", columns, cells, "By the model.")
+    columns = ["ranks", "MB gathered", *NETWORKS]
+    note = "By the model: with the fewest messages after one another, and round a ring."
+    return Table("Milliseconds that synchronization adds to a step of ResNet-50", columns, cells, note)
 
 
-def main(save: bool) -> None:
-    console = Console()
+def _span(network: Network, ranks: int) -> str:
+    times = (f(ranks, *RESNET50) for f in (network.step_by_doubling, network.step))
+    return " – ".join(f"{1e3 * seconds:,.{0 if seconds >= 0.01 else 1}f}" for seconds in times)
+
+
+def measure_network(rank: int, ranks: int, folder: str) -> None:
+    """One process: a training step of ResNet-20 under DistributedDataParallel, with and without."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/network{ranks}", rank=rank, world_size=ranks)
+    x, labels = torch.randn(32, 3, 32, 32), torch.randint(10, (32,))
     found = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for ranks in (1, 2, 3, 4):
-            spawn(measure, (ranks, folder), nprocs=ranks)
-            with open(f"{folder}/{ranks}.json") as file:
-                found[ranks] = {int(channels): times for channels, times in json.load(file).items()}
-    network = fit(found[2][CHANNELS[0]], found[2][CHANNELS[-1]])
-    rows = [
+    for norm in ("batch", "sync"):
+        network = DistributedDataParallel(models.create("resnet20", norm=norm, num_classes=10, in_channels=3))
+        found[norm] = seconds_of(lambda network=network: F.cross_entropy(network(x), labels).backward(), 3)
+    if rank == 0:
+        with open(f"{folder}/network{ranks}.json", "w") as file:
+            json.dump(found, file)
+    dist.destroy_process_group()
+
+
+def run(function: Callable[[int, int, str], None], ranks: int, folder: str, name: str) -> dict[str, Any]:
+    """What the first of so many processes found."""
+    spawn(function, (ranks, folder), nprocs=ranks)
+    with open(f"{folder}/{name}.json") as file:
+        return json.load(file)
+
+
+def layer_rows(found: dict[int, dict[int, dict[str, float]]], network: Network) -> list[dict[str, object]]:
+    """Measured and modelled microseconds, by ranks and channels."""
+    return [
         {
             "ranks": ranks,
             "channels": channels,
-            "cores": os.cpu_count(),
             "gather_us": round(1e6 * times["gather"]),
             "gather_model_us": round(1e6 * network.forward(ranks, channels)),
             "reduce_us": round(1e6 * times["reduce"]),
@@ -150,11 +173,44 @@ def main(save: bool) -> None:
         for ranks, sizes in found.items()
         for channels, times in sizes.items()
     ]
+
+
+def network_rows(found: dict[int, dict[str, float]], network: Network) -> list[dict[str, object]]:
+    """Measured milliseconds of a step, and what the model says that synchronization adds."""
+    return [
+        {
+            "ranks": ranks,
+            "batch_ms": round(1e3 * times["batch"], 1),
+            "sync_ms": round(1e3 * times["sync"], 1),
+            "added_ms": round(1e3 * (times["sync"] - times["batch"]), 1),
+            "added_model_ms": round(1e3 * network.step(ranks, *RESNET20), 1),
+        }
+        for ranks, times in found.items()
+    ]
+
+
+def main(save: bool, table: bool) -> None:
+    console, counts = Console(), (1, 2, 3, 4)
+    if table:
+        print_table(predictions(), console)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        measured = {ranks: run(measure, ranks, folder, f"{ranks}") for ranks in counts}
+        networks = {ranks: run(measure_network, ranks, folder, f"network{ranks}") for ranks in counts}
+    layers = {ranks: {int(c): times for c, times in sizes.items()} for ranks, sizes in measured.items()}
+    network = fit(layers[2][CHANNELS[0]], layers[2][CHANNELS[-1]])
     note = f"Fitted on two ranks: α = {1e6 * network.latency:.0f} µs, 1/β = {1e-9 / network.byte:.2f} GB/s."
-    cells = [[str(value) for value in row.values()] for row in rows]
-    print_table(Table("Synchronized statistics on this machine", list(rows[0]), cells, note), console)
-    if save:
-        console.print(f"Saved {save_results('sync', rows)}.")
+    for name, title, rows in (
+        ("sync", "Synchronized statistics on this machine", layer_rows(layers, network)),
+        ("sync_networks", "A step of ResNet-20 with 32 images a rank", network_rows(networks, network)),
+    ):
+        print_table(Table(title, list(rows[0]), [[str(v) for v in row.values()] for row in rows], note), console)
+        if save:
+            constants = {
+                "alpha_us": round(1e6 * network.latency, 1),
+                "gigabytes_per_second": round(1e-9 / network.byte, 3),
+            }
+            console.print(f"Saved {save_results(name, [{**row, **constants} for row in rows])}.")
 
 
 if __name__ == "__main__":
@@ -162,7 +218,4 @@ if __name__ == "__main__":
     parser.add_argument("--table", action="store_true", help="print the model's predictions, and measure nothing")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/sync.csv")
     given = parser.parse_args()
-    if given.table:
-        print_table(predictions(), Console())
-    else:
-        main(given.save)
+    main(given.save, given.table)

@@ -66,6 +66,17 @@ def surgery(
     _benchmark("bench_surgery").main(everything, save, export, speed)
 
 
+@app.command()
+def sync(
+    save: Annotated[
+        bool, typer.Option("--save", help="Write benchmarks/results/sync.csv and sync_networks.csv.")
+    ] = False,
+    table: Annotated[bool, typer.Option("--table", help="Print the model's predictions, and measure nothing.")] = False,
+) -> None:
+    """What synchronized statistics cost on 1 to 4 processes of this machine, beside a model of it."""
+    _benchmark("bench_sync").main(save, table)
+
+
 def _benchmark(name: str) -> Any:
     path = Path(__file__).parents[2] / "benchmarks" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(name, path) if path.exists() else None
