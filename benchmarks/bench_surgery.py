@@ -1,38 +1,35 @@
 """Fold and convert over the models of torchvision and timm: what folds, what doesn't and why, and how exact it is.
 
-Every model is made without weights; statistics, weights and biases of its batch norms are random, so that none is the
-identity, which would hide mistakes. A row tells the batch norms found and folded, the reasons of those left, the
-largest relative difference of the outputs in eval mode, and whether the folded model pickles, batch norms converted
-to synchronized ones and back give the same bits, and, on request, whether it exports and compiles.
+A row tells the batch norms found and folded, the reasons of those left, the largest relative difference of the
+outputs in eval mode, in float32 and, for models that are not large, in float64, and beside it how far the model's own
+outputs in float32 are from those in float64: a deep random network amplifies any rounding. It also tells whether the
+folded model pickles and, on request, exports and compiles; and whether batch norms converted through every kind that
+keeps statistics and back have the same bits.
 """
 
 from __future__ import annotations
 
 import collections
+import csv
 import dataclasses
+import gc
 import pickle
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from _harness import quantiles, save_results, take_turns
+from _harness import RESULTS, save_results
+from _surgery_models import example_for, made, names, settle
 from torch import Tensor, nn
 
 from bnkit import surgery
 from bnkit.graph import tensors_in
+from bnkit.surgery._verify import relative_error
 
-# One of each family, small: what CI runs.
-QUICK = (
-    *("torchvision:" + name for name in (
-        "resnet18", "densenet121", "googlenet", "inception_v3", "vgg11_bn", "mobilenet_v3_small", "shufflenet_v2_x0_5",
-        "mnasnet0_5", "regnet_y_400mf", "lraspp_mobilenet_v3_large", "ssdlite320_mobilenet_v3_large",
-    )),
-    *("timm:" + name for name in (
-        "resnetv2_18", "tf_efficientnet_b0", "repvgg_a0", "dla46_c", "hardcorenas_a", "ghostnet_050", "levit_128s",
-    )),
-)  # fmt: skip
+_LARGE = 30e6  # parameters
+_TOLERANCE = 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,99 +40,52 @@ class Row:
     found: int = 0
     folded: int = 0
     left: str = ""
-    error: float = float("nan")
+    error: float | None = None
+    error_float64: float | None = None
+    own_rounding: float | None = None
     checks: str = ""
-    speedup_1: float | None = None
-    speedup_32: float | None = None
 
 
-def names(everything: bool, per_family: int = 8) -> Iterator[str]:
-    """The models to look at: one a family, or all of torchvision's and several of each file of timm's."""
-    if not everything:
-        yield from QUICK
-        return
-    import timm
-    from torchvision import models
-
-    for package in (models, models.segmentation, models.detection):
-        yield from (f"torchvision:{name}" for name in models.list_models(module=package))
-    for module in timm.list_modules():
-        found = sorted(timm.list_models(module=module), key=lambda name: (len(name), name))
-        yield from (f"timm:{name}" for name in found[:per_family])
-
-
-def made(name: str) -> nn.Module:
-    """The model, without weights, in eval mode, its batch norms random."""
-    library, _, kind = name.partition(":")
-    if library == "timm":
-        import timm
-
-        model = timm.create_model(kind)
-    else:
-        from torchvision import models
-
-        options: dict[str, Any] = {"init_weights": False} if kind in ("googlenet", "inception_v3") else {}
-        if kind in models.list_models(module=models.segmentation) + models.list_models(module=models.detection):
-            options["weights_backbone"] = None
-        model = models.get_model(kind, weights=None, **options)
-    return randomized(model).eval()
-
-
-@torch.no_grad()
-def randomized(model: nn.Module) -> nn.Module:
-    """The model with random statistics, weights and biases in its batch norms."""
-    generator = torch.Generator().manual_seed(0)
-    for module in model.modules():
-        mean, var = getattr(module, "running_mean", None), getattr(module, "running_var", None)
-        if not isinstance(mean, Tensor) or not isinstance(var, Tensor):
-            continue
-        mean.copy_(torch.randn(mean.shape, generator=generator) * 0.1)
-        var.copy_(torch.rand(var.shape, generator=generator) + 0.5)
-        for key, low in (("weight", 0.5), ("bias", -0.5)):
-            if (tensor := getattr(module, key, None)) is not None:
-                tensor.copy_(torch.rand(tensor.shape, generator=generator) + low)
-    return model
-
-
-def example_for(name: str, model: nn.Module) -> tuple[Any, Any]:
-    """An input the model runs on, small if it can be, and how to run the model on it."""
-    generator = torch.Generator().manual_seed(1)
-    sizes = [64, 96, 128, 224, 256, 299]
-    if config := getattr(model, "default_cfg", None):
-        sizes.append(config["input_size"][-1])
-    if hasattr(model, "roi_heads") or hasattr(model, "anchor_generator"):
-        image = torch.rand(3, 96, 96, generator=generator)
-        return image, _detect
-    for size in sizes:
-        x = torch.randn(2, 3, size, size, generator=generator)
-        try:
-            with torch.no_grad():
-                outputs = list(tensors_in(model(x)))
-        except (RuntimeError, AssertionError, ValueError, IndexError):
-            continue
-        if all(t.isfinite().all() for t in outputs):
-            return x, None
-    raise ValueError(f"{name} runs on no input of {sizes}")
-
-
-def _detect(model: nn.Module, image: Tensor) -> Any:
-    return model([image])
-
-
-def examine(name: str, *, export: bool = False, speed: int = 0) -> Row:
-    """Fold one model, check what came out, and time it."""
+def examine(name: str, *, export: bool = False) -> Row:
+    """Fold one model and check what came out."""
     model = made(name)
+    if not any(isinstance(getattr(module, "running_var", None), Tensor) for module in model.modules()):
+        return Row(name)
     example, forward = example_for(name, model)
-    if forward is not None:  # what a detector keeps is decided by comparisons, which rounding may turn
+    settle(model, example, forward)
+    size = sum(parameter.numel() for parameter in model.parameters())
+    error = error_float64 = own_rounding = None
+    if forward is None:
+        result = surgery.fold(model, example, tolerance=1.0)
+        error = result.max_error or 0.0
+        if size < _LARGE or error > _TOLERANCE:
+            error_float64, own_rounding = _in_float64(model, example)
+    else:  # what a detector keeps is decided by comparisons, which rounding may turn
         model, example = model.double(), example.double()
-    result = surgery.fold(model, example, forward=forward, tolerance=1e-9 if forward else 1e-4)
-    checks = [kind for kind, check in _checks(export).items() if _passes(check, model, result.model, example, forward)]
+        result = surgery.fold(model, example, forward=forward, tolerance=1e-9)
+        error_float64 = result.max_error
+    wanted = _checks(export and forward is None)
+    checks = [kind for kind, check in wanted.items() if _passes(check, model, result.model, example, forward)]
     found = len(result.changed) + len(result.skipped)
-    row = Row(name, found, len(result.changed), _reasons(result.skipped), result.max_error or 0.0, " ".join(checks))
-    if speed and forward is None:
-        ups = {size: _speedup(model, result.model, example, size, speed) for size in (1, 32)}
-        row = dataclasses.replace(row, speedup_1=ups[1], speedup_32=ups[32])
-    return row
+    failed = [f"not: {kind}" for kind in wanted if kind not in checks]
+    failed += ["failed: inexact"] * (error is not None and error > max(_TOLERANCE, 3 * (own_rounding or 0.0)))
+    left = "; ".join([*failed, *_reasons(result.skipped)])
+    return Row(name, found, len(result.changed), left, error, error_float64, own_rounding, " ".join(checks))
+
+
+def _in_float64(model: nn.Module, example: Tensor) -> tuple[float | None, float | None]:
+    """The error of folding in float64, and that of the model itself in float32: how much it amplifies rounding."""
+    with torch.no_grad():
+        single = model(example)
+    try:
+        double = model.double()
+        with torch.no_grad():
+            own = relative_error(single, double(example.double()))
+        return surgery.fold(double, example.double(), tolerance=1e-9).max_error, own
+    except RuntimeError:  # a forward that makes float32 tensors of its own
+        return None, None
+    finally:
+        model.float()
 
 
 def _checks(export: bool) -> dict[str, Callable[..., bool]]:
@@ -164,52 +114,78 @@ def _pickles(model: nn.Module, folded: nn.Module, example: Any, forward: Any) ->
 
 
 def _converts(model: nn.Module, folded: nn.Module, example: Any, forward: Any) -> bool:
-    back = surgery.convert(surgery.convert(model, "sync").model, "torch").model
-    before, after = model.state_dict(), back.state_dict()
-    return list(before) == list(after) and all(torch.equal(before[key], after[key]) for key in before)
+    """Through every kind that keeps statistics, and back: the same bits."""
+    twin = surgery.convert(model, "batch").model
+    for kind in ("sync", "ghost", "renorm", "frozen", "torch"):
+        surgery.convert(twin, kind, inplace=True)
+    before, after = model.state_dict(), twin.state_dict()
+    same = list(before) == list(after) and all(torch.equal(before[key], after[key]) for key in before)
+    return same and _close(_run(twin, example, forward), _run(model, example, forward))
 
 
 def _exports(model: nn.Module, folded: nn.Module, example: Any, forward: Any) -> bool:
-    program = torch.export.export(folded, (example,)).module()
-    pairs = zip(tensors_in(program(example)), tensors_in(folded(example)), strict=True)
-    return all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in pairs)
+    return _close(torch.export.export(folded, (example,)).module()(example), folded(example))
 
 
 def _compiles(model: nn.Module, folded: nn.Module, example: Any, forward: Any) -> bool:
-    compiled = torch.compile(folded, backend="aot_eager")
-    pairs = zip(tensors_in(compiled(example)), tensors_in(folded(example)), strict=True)
-    return all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in pairs)
+    torch.compiler.reset()
+    return _close(torch.compile(folded, backend="aot_eager")(example), folded(example))
 
 
-def _reasons(skipped: dict[str, str]) -> str:
+def _close(found: Any, expected: Any) -> bool:
+    pairs = zip(tensors_in(found), tensors_in(expected), strict=True)
+    return all(
+        a.shape == b.shape and float((a - b).abs().amax()) <= 1e-4 * float(b.abs().amax())
+        for a, b in pairs
+        if b.numel()
+    )
+
+
+def _reasons(skipped: dict[str, str]) -> list[str]:
     short = (re.sub(r"[: ]*(by \w+ in|in dimension) .*", "", reason.split(";")[0]) for reason in skipped.values())
-    return "; ".join(f"{count} × {reason}" for reason, count in collections.Counter(short).most_common(3))
+    return [f"{count} × {reason}" for reason, count in collections.Counter(short).most_common(3)]
 
 
-def _speedup(model: nn.Module, folded: nn.Module, example: Tensor, size: int, rounds: int) -> float:
-    x = example[:1].expand(size, -1, -1, -1).contiguous()
-    with torch.inference_mode():
-        times = take_turns({"model": lambda: model(x), "folded": lambda: folded(x)}, rounds)
-    return quantiles(times["model"])[1] / quantiles(times["folded"])[1]
+def main(everything: bool, save: bool, export: bool, only: Sequence[str] = ()) -> None:
+    """Print a row for each model; with `save`, put each into `benchmarks/results/surgery.csv` as soon as it is known.
 
-
-def main(everything: bool, save: bool, export: bool, speed: int) -> None:
-    """Print a row for each model; with `save`, write `benchmarks/results/surgery.csv`."""
+    Rows of models not looked at this time stay in the file.
+    """
     warnings.filterwarnings("ignore")
     rows = []
-    for name in names(everything):
+    for name in names(everything, only):
         try:
-            row = examine(name, export=export, speed=speed)
+            row = examine(name, export=export)
         except Exception as error:  # one model that can't be made or run must not end the sweep
-            row = Row(name, left=f"failed: {type(error).__name__}: {str(error).splitlines()[0][:120]}")
-        if row.found or row.left:
-            rows.append(row)
-            ups = "" if row.speedup_1 is None else f"  ×{row.speedup_1:.2f} ×{row.speedup_32:.2f}"
-            print(
-                f"{row.model:45} {row.folded:4}/{row.found:<4} {row.error:8.1e}  {row.checks}{ups}  {row.left}",
-                flush=True,
-            )
+            row = Row(name, left=f"failed: {type(error).__name__}: {str(error).splitlines()[0][:200]}")
+        gc.collect()
+        rows.append(row)
+        print(_line(row), flush=True)
+        if save:
+            _put(row)
+    _print_summary(rows)
+
+
+def _line(row: Row) -> str:
+    errors = " ".join("       " if e is None else f"{e:7.1e}" for e in (row.error, row.error_float64, row.own_rounding))
+    return f"{row.model:45} {row.folded:4}/{row.found:<4} {errors}  {row.checks}  {row.left}"
+
+
+def _print_summary(rows: Sequence[Row]) -> None:
     worked = [row for row in rows if row.found]
-    print(f"{len(worked)} models, {sum(row.folded for row in worked)} of {sum(row.found for row in worked)} folded.")
-    if save:
-        save_results("surgery", [dataclasses.asdict(row) for row in rows])
+    failed = [row.model for row in rows if "failed:" in row.left]
+    worst = max((row.error for row in worked if row.error is not None), default=0.0)
+    folded, found = sum(row.folded for row in worked), sum(row.found for row in worked)
+    print(f"{len(rows)} models, {len(worked)} with batch norms: {folded} of {found} folded, largest error {worst:.1e}.")
+    if failed:
+        print(f"Failed: {', '.join(failed)}.")
+
+
+def _put(row: Row) -> None:
+    path, fields = RESULTS / "surgery.csv", [field.name for field in dataclasses.fields(Row)]
+    known: dict[str, dict[str, Any]] = {}
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            known = {old["model"]: {key: old[key] for key in fields} for old in csv.DictReader(file)}
+    known[row.model] = dataclasses.asdict(row)
+    save_results("surgery", [known[name] for name in sorted(known)])

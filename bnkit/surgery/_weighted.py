@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..graph import Operator, Record, Value
+from ..graph import Call, Operator, Record, Value
 from ._operation import Operation
 
 _CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
@@ -144,13 +144,19 @@ def weighted_by(operator: Operator, record: Record) -> Weighted:
         if bias.name not in {f"{name}.bias" if name else "bias" for name in record.names[call.module]}:
             raise Refused(f"the bias of {call.name} is computed in each forward pass")
         _check_sole_use(bias, record)
-    elif getattr(call.module, "bias", 0) is not None:
+    elif not _can_have_bias(call, record):
         raise Refused(f"{call.name} has no place for a bias")
     if has_hooks(call.module):
         raise Refused(f"{call.name} has forward hooks, which would see other values")
     if not weight.dtype.is_floating_point:
         raise Refused(f"the weight of {call.name} is {weight.dtype}")
     return Weighted(call.module, call.name, operator, key)
+
+
+def _can_have_bias(call: Call, record: Record) -> bool:
+    """Whether a module that ran without a bias would use one; it may have got one since, from a fold into it."""
+    name = f"{call.name}.bias" if call.name else "bias"
+    return hasattr(call.module, "bias") and (call.module.bias is None or name not in record.held)
 
 
 def has_hooks(module: nn.Module) -> bool:

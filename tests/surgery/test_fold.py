@@ -323,6 +323,20 @@ def test_a_chain_that_ends_at_nothing_becomes_one_norm():
     assert isinstance(folded[2], nn.Identity)
 
 
+def test_a_norm_ahead_and_one_behind_go_into_a_convolution_without_bias():
+    model = nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4), nn.GELU())
+    folded = assert_folded(model, values(2, 3, 5, 5), count=2)
+    assert set(folded.state_dict()) == {"2.weight", "2.bias"}
+
+
+def test_a_bias_that_the_layer_does_not_use_can_take_nothing():
+    class Unused(nn.Conv2d):
+        def forward(self, input: Tensor) -> Tensor:
+            return F.conv2d(input, self.weight)
+
+    assert_refused(nn.Sequential(Unused(3, 4, 1), nn.BatchNorm2d(4)), values(2, 3, 4, 4), "0 has no place for a bias")
+
+
 def test_tied_weights_parametrizations_and_hooks_are_refused():
     tied = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 3, 1))
     tied[3].weight = tied[0].weight
