@@ -14,8 +14,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .._modes import hooked
 from ..nn import SyncBatchNorm
 from ._estimate import Pooled
+from ._kernel import moments_of
 from ._layers import measurable, refuse_compiled, statistics_of, tracked, unwrapped
-from ._measure import Reading, Statistics, entering, finite, moments_of
+from ._measure import Reading, Statistics, entering, finite
 from ._preserve import preserve_statistics
 from ._result import write
 

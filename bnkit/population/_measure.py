@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ from .._modes import evaluating, hooked
 from ..graph import Forward, feed
 from ..moments import Moments
 from ..nn import DomainBatchNorm, MaskedBatchNorm
-from ..ops import cpu
+from ._kernel import does_as_known, moments_of, normalized
 from ._layers import statistics_of
 
 Statistics = tuple[Tensor, Tensor]
@@ -38,22 +39,6 @@ Policy = Callable[[Reading], Statistics | None]
 
 class _AllMeasured(BaseException):
     """Ends a forward pass that has nothing more to tell. Not an Exception, so that no model takes it for an error."""
-
-
-def moments_of(x: Tensor) -> Moments:
-    """Moments of each channel of x, (N, C) or (N, C, *): float64 where the device has it."""
-    if x.numel() == 0:
-        return Moments.empty(x.shape[1], dtype=torch.float64 if x.device.type != "mps" else x.dtype, device=x.device)
-    if not cpu.supports(x, (), None):
-        found = Moments.of(x, (0, *range(2, x.dim())))
-        if x.device.type == "mps":
-            return found
-        return Moments(found.count, found.mean.double() + found.mean_error, found.m2.double())
-    # The kernel's y is not wanted, but its statistics are exact to float64, in a fraction of the time of any operator.
-    tiny = 1e-30
-    _, mean, invstd = cpu.forward(x, None, None, None, None, True, 0.0, tiny, None, None)
-    count = x.numel() // x.shape[1]
-    return Moments(count, mean, (invstd.square().reciprocal() - tiny).clamp(min=0) * count)
 
 
 def batch_statistics(reading: Reading) -> Statistics | None:
@@ -84,20 +69,26 @@ class Probe:
         self._policy: Policy = batch_statistics
         self._last: str | None = None
         self._calls: dict[str, int] = {}
+        self._outputs: dict[str, Tensor] = {}
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
         """Hooks on, gradients and compiled code off; everything comes back in the end."""
         buffers = [(layer, dict(layer._buffers)) for layer in self._layers.values()]
+        replaced = [name for name, layer in self._layers.items() if does_as_known(layer)]
         with evaluating(self._model), hooked(self._hooks()), torch.no_grad():
             try:
                 for layer, own in buffers:
                     layer._buffers.update({key: None if b is None else b.clone() for key, b in own.items()})
+                for name in replaced:
+                    self._layers[name].forward = functools.partial(self._known_or, name, self._layers[name].forward)
                 with torch.compiler.set_stance("force_eager"):  # compiled code does not know of hooks added later
                     yield
             finally:
                 for layer, own in buffers:
                     layer._buffers.update(own)
+                for name in replaced:
+                    vars(self._layers[name]).pop("forward", None)
 
     def read(self, batch: Any, policy: Policy, until: str | None = None) -> list[Reading]:
         """The readings of one forward pass, in the order of execution.
@@ -129,12 +120,28 @@ class Probe:
         x = entering(self._layers[name], args, kwargs)
         if x is None:
             return
-        self._readings.append(Reading(name, moments_of(x), x.shape[0]))
+        y, moments = self._at_once(name, args, kwargs) or (None, moments_of(x))
+        self._readings.append(Reading(name, moments, x.shape[0]))
         if self._nothing_left():
             raise _AllMeasured
+        if y is not None:
+            self._outputs[name] = y
+            return
         statistics = self._policy(self._readings[-1])
         if statistics is not None:
             self._let_use(name, statistics)
+
+    def _at_once(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Moments] | None:
+        """The layer's output and the moments, where one reading of the input by the kernel gives both."""
+        layer = self._layers[name]
+        if self._policy is not batch_statistics or not isinstance(vars(layer).get("forward"), functools.partial):
+            return None
+        return normalized(layer, *args, **kwargs)
+
+    def _known_or(self, name: str, forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """The layer's output if it is known already, else what its own forward pass gives."""
+        y = self._outputs.pop(name, None)
+        return forward(*args, **kwargs) if y is None else y
 
     def _nothing_left(self) -> bool:
         if not self._calls:
