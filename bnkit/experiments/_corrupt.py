@@ -28,18 +28,18 @@ def corrupted(images: Tensor, corruption: str, strength: int, seed: int = 0) -> 
 
     Args:
         images: (N, C, H, W), values from 0 to 1.
-        corruption: a key of `STRENGTHS`.
+        corruption: a key of `STRENGTHS`; with strength 0 also "none".
         strength: 1 to 5; 0 leaves the images as they are.
         seed: of the noise.
 
     Raises:
         UserError: an unknown corruption or strength.
     """
+    require(0 <= strength <= 5, f"a corruption's strength is 0 to 5, got {strength}: 3 is the middle.")
+    if strength == 0 and corruption in (*STRENGTHS, "none"):
+        return images
     if corruption not in STRENGTHS:
         raise unknown("corruption", corruption, STRENGTHS)
-    require(0 <= strength <= 5, f"a corruption's strength is 0 to 5, got {strength}: 3 is the middle.")
-    if strength == 0:
-        return images
     value = STRENGTHS[corruption][strength - 1]
     if corruption == "noise":
         generator = torch.Generator().manual_seed(seed)
