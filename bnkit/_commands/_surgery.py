@@ -1,4 +1,4 @@
-"""What `insert` and `fold` share: the example they look at, the files they write, the report they print."""
+"""What `insert`, `fold` and `convert` share: the example, the files they write, the report they print."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def run(model: nn.Module, example: Tensor) -> Tensor:
         ) from error
 
 
-def finish(result: Surgery, out: Path | None, as_json: bool, example: Tensor) -> None:
-    """Write the model, as weights or as a program, and print the report."""
+def finish(result: Surgery, out: Path | None, as_json: bool, example: Tensor | None = None) -> None:
+    """Write the model, as weights or, where there is an example to trace it on, as a program; print the report."""
     if out is not None:
         _write(result.model, out, example)
     if as_json:
@@ -60,7 +60,7 @@ def finish(result: Surgery, out: Path | None, as_json: bool, example: Tensor) ->
     Console().print(f"{result}{wrote}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _write(model: nn.Module, out: Path, example: Tensor) -> None:
+def _write(model: nn.Module, out: Path, example: Tensor | None) -> None:
     import torch
 
     from .._files import check_writable, written_aside
@@ -69,6 +69,8 @@ def _write(model: nn.Module, out: Path, example: Tensor) -> None:
     if out.suffix != ".pt2":
         save_weights(model, out)
         return
+    if example is None:
+        raise UserError(f"only fold and insert write programs, got {out}: name a .safetensors or .pt file.")
     batch = torch.export.Dim("batch")
     program = torch.export.export(model.eval(), (example,), dynamic_shapes=({0: batch},))
     with written_aside(out) as temporary, open(temporary, "wb") as file:

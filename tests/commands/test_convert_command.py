@@ -1,0 +1,54 @@
+"""`bnkit convert`: weights in and out keep their values, options reach the layers, bad use is one clear error."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from bnkit import UserError, models
+from bnkit._weights import read_weights, save_weights
+
+OPTIONS = ("-o", "num_classes=2", "-o", "in_channels=3", "-o", "image_size=32")
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    model = models.create("vgg11", norm="batch", num_classes=2, in_channels=3, image_size=32)
+    model(torch.randn(4, 3, 32, 32))  # running statistics of its own
+    save_weights(model, tmp_path / "batch.pt")
+    return tmp_path / "batch.pt"
+
+
+def test_weights_go_through_unchanged(bnkit: Callable, saved: Path, tmp_path: Path):
+    result = bnkit("convert", "vgg11", saved, *OPTIONS, "--to", "ghost", "--norm-option", "ghost_size=2",
+                   "--where", "features", "--out", tmp_path / "ghost.safetensors")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "8 changed, 0 skipped" in result.output
+    assert "→ GhostBatchNorm" in result.output
+    before, after = read_weights(saved), read_weights(tmp_path / "ghost.safetensors")
+    assert set(before) == set(after)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_json(bnkit: Callable, tmp_path: Path):
+    result = bnkit("convert", "vgg11", *OPTIONS, "--to", "batch", "--json")
+    facts = json.loads(result.stdout)
+    assert facts["changed"] == {}
+    assert set(facts["skipped"].values()) == {"is a BatchNorm2d already"}
+    assert (facts["max_error"], facts["out"]) == (None, None)
+
+
+def test_bad_use_is_one_clear_error(bnkit: Callable, tmp_path: Path):
+    with pytest.raises(UserError, match="--norm-option is NAME=VALUE, got 'ghost_size'"):
+        bnkit("convert", "vgg11", *OPTIONS, "--to", "ghost", "--norm-option", "ghost_size")
+    with pytest.raises(UserError, match="has no option 'size'"):
+        bnkit("convert", "vgg11", *OPTIONS, "--to", "ghost", "--norm-option", "size=2")
+    with pytest.raises(UserError, match=r"kind of norm 'gost'.*ghost"):
+        bnkit("convert", "vgg11", *OPTIONS, "--to", "gost")
+    with pytest.raises(UserError, match=r"name a .safetensors or .pt file"):
+        bnkit("convert", "vgg11", *OPTIONS, "--to", "ghost", "--out", tmp_path / "program.pt2")
