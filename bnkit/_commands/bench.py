@@ -77,6 +77,18 @@ def sync(
     _benchmark("bench_sync").main(save, table)
 
 
+@app.command()
+def population(
+    rounds: Annotated[int, typer.Option(help="Rounds in which all tools take turns.")] = 5,
+    save: Annotated[bool, typer.Option("--save", help="Write benchmarks/results/population.csv.")] = False,
+    batches: Annotated[int, typer.Option(help="Batches of a round.")] = 4,
+    networks: Annotated[str, typer.Option(help="Networks, separated by commas, or all.")] = "all",
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+) -> None:
+    """Recalibration against fvcore and torch on the same model and batches."""
+    _benchmark("bench_population").main(rounds, save, batches, networks, threads)
+
+
 def _benchmark(name: str) -> Any:
     path = Path(__file__).parents[2] / "benchmarks" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(name, path) if path.exists() else None
