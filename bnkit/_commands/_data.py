@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import Progress
 
 if TYPE_CHECKING:
-    from ..data import ImageSet
+    from ..data import ImageSet, Photographs
+
+_LARGEST_IN_MEMORY = 64
 
 DataName = Annotated[str, typer.Option(help="A set's name, or a folder or .zip of class folders of images.")]
 DataDir = Annotated[Path | None, typer.Option(help="Where downloaded data sets lie.  [default: data]")]
 Download = Annotated[bool, typer.Option("--download", help="Download the data set if it is missing.")]
 ImageSize = Annotated[
-    int | None, typer.Option(help="Side to resize the images to.  [default: their own; 32 for a folder]")
+    int | None, typer.Option(help="Side to resize the images to.  [default: their own; for a folder the model's or 32]")
 ]
 SkipCorrupt = Annotated[bool, typer.Option("--skip-corrupt", help="Leave out images that can't be read.")]
 
@@ -40,3 +42,42 @@ def load_data(
     if images.skipped:
         console.print(f"{len(images.skipped)} unreadable images are left out.")
     return images
+
+
+def load_for_training(
+    model: str,
+    name: str,
+    data_dir: Path | None,
+    download: bool,
+    image_size: int | None,
+    skip_corrupt: bool,
+    console: Console,
+) -> ImageSet | Photographs:
+    """As `load_data`, but images of folders and archives that are to be larger than 64 pixels stay in their files.
+
+    Without `image_size` photographs get the size that the model is made for.
+    """
+    from .. import data
+
+    if is_folder(name):
+        size = image_size or _side_for(model, name)
+        if size > _LARGEST_IN_MEMORY:
+            return data.photographs(name, size, skip_corrupt=skip_corrupt)
+        image_size = size
+    return load_data(name, data_dir, download, image_size, skip_corrupt, console)
+
+
+def is_folder(name: str) -> bool:
+    """Whether `name` is a folder or an archive, not a set that has a name."""
+    from .. import data
+
+    return name not in data.names() and Path(name).expanduser().exists()
+
+
+def _side_for(model: str, name: str) -> int:
+    """The model's own side, 224 where that is unknown; or 32, where it is small or where most images are."""
+    from .. import data, models
+
+    library, _, model_name = model.rpartition(":")
+    own: Any = models.options(model_name)["image_size"] if library in ("", "bnkit") else 224
+    return own if own > _LARGEST_IN_MEMORY and data.usual_side(name) >= own // 2 else 32

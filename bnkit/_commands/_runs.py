@@ -12,7 +12,7 @@ from ._models import load_model
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..data import ImageSet
+    from ..data import ImageSet, Photographs
 
 RUN, CHECKPOINT, WEIGHTS = "run.json", "checkpoint.pt", "weights.safetensors"
 
@@ -31,7 +31,7 @@ def read_run(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path} is damaged ({error}): name another run.") from error
 
 
-def build_model(recipe: dict[str, Any], images: ImageSet) -> nn.Module:
+def build_model(recipe: dict[str, Any], images: ImageSet | Photographs) -> nn.Module:
     """The model of a recipe, with as many classes and channels as the images have where it is one of bnkit's."""
     from .. import models
 

@@ -11,14 +11,16 @@ from rich.console import Console
 
 from .._checks import require
 from .._weights import load_weights
-from ._data import DataDir, Download, ImageSize, SkipCorrupt, load_data
+from ._data import DataDir, Download, ImageSize, SkipCorrupt, load_for_training
 from ._models import MODEL_HELP, ModelOptions
 from ._runs import WEIGHTS, build_model, read_run
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..data import ImageSet
+    from ..data import ImageSet, Photographs
+
+_PHOTOGRAPHS_AT_ONCE = 100
 
 
 def evaluate(
@@ -37,6 +39,8 @@ def evaluate(
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
 ) -> None:
     """Test accuracy and loss of trained models, and of their ensemble: the mean of their probabilities."""
+    from ..data import Photographs
+
     console = Console(stderr=json)
     given = {
         "recipe": {"model": model, "norm": norm, "options": option or []},
@@ -48,7 +52,10 @@ def evaluate(
     require(data is not None, "files of weights don't say what they were trained on: add --data.")
     assert data is not None
     size = image_size or recipe.get("image_size")
-    images = load_data(data, data_dir or recipe.get("data_dir"), download, size, skip_corrupt, console)
+    folder = data_dir or recipe.get("data_dir")
+    images = load_for_training(recipe["model"], data, folder, download, size, skip_corrupt, console)
+    if isinstance(images, Photographs):
+        batch_size = min(batch_size, _PHOTOGRAPHS_AT_ONCE)
     found = [
         _probabilities(path, run, images, {"eval_batch_size": batch_size, "device": device})
         for path, run in zip(checkpoints, runs, strict=True)
@@ -66,7 +73,7 @@ def _run_of(path: Path, given: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-def _probabilities(path: Path, run: dict[str, Any], images: ImageSet, changes: dict[str, Any]) -> Tensor:
+def _probabilities(path: Path, run: dict[str, Any], images: ImageSet | Photographs, changes: dict[str, Any]) -> Tensor:
     from ..train import FitConfig, probabilities
 
     model = build_model(run["recipe"], images)
@@ -74,7 +81,7 @@ def _probabilities(path: Path, run: dict[str, Any], images: ImageSet, changes: d
     return probabilities(model, images, FitConfig.from_dict({**run["config"], "devices": 1, **changes}))
 
 
-def _row(name: str, probabilities: Tensor, images: ImageSet) -> dict[str, Any]:
+def _row(name: str, probabilities: Tensor, images: ImageSet | Photographs) -> dict[str, Any]:
     labels = images.test_labels
     chosen = probabilities.gather(1, labels[:, None])
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json as json_module
 import os
 import shlex
@@ -16,23 +17,33 @@ from rich.console import Console
 from .._checks import require
 from .._files import check_writable, write_text
 from .._weights import load_weights, save_weights
-from ._data import DataDir, DataName, Download, ImageSize, SkipCorrupt, load_data
+from ._data import DataDir, DataName, Download, ImageSize, SkipCorrupt, is_folder, load_for_training
 from ._models import MODEL_HELP, ModelOptions
 from ._runs import CHECKPOINT, RUN, WEIGHTS, build_model, read_run
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..data import ImageSet
+    from ..data import ImageSet, Photographs
     from ..train import FitConfig, History
 
-_GRAY_AUGMENTATION, _COLOR_AUGMENTATION = "shift=2", "crop=4,flip"
+_GRAY_AUGMENTATION, _COLOR_AUGMENTATION, _PHOTOGRAPH_AUGMENTATION = "shift=2", "crop=4,flip", "resized_crop=0.08,flip"
+_PHOTOGRAPHS_AT_ONCE = 100
 
 
 def train(
+    context: typer.Context,
     model: Annotated[str, typer.Option(help=MODEL_HELP)] = "resnet20",
     norm: Annotated[str | None, typer.Option(help="The norm of one of bnkit's models.  [default: batch]")] = None,
     option: ModelOptions = None,
+    paper: Annotated[
+        str | None,
+        typer.Option(
+            "--recipe",
+            help="Model and settings of Ioffe and Szegedy 2015, as defaults of the other options: inception, "
+            "bn-baseline, bn-x5, bn-x30 or bn-x5-sigmoid.",
+        ),
+    ] = None,
     data: DataName = "digits",
     data_dir: DataDir = None,
     download: Download = False,
@@ -43,18 +54,28 @@ def train(
     lr: Annotated[float, typer.Option(help="Learning rate after the warm-up.")] = 0.1,
     momentum: Annotated[float, typer.Option(help="Nesterov's, of SGD.")] = 0.9,
     weight_decay: Annotated[float, typer.Option(help="Of weights; norms and biases are spared.")] = 5e-4,
-    schedule: Annotated[str, typer.Option(help="cosine, step or constant.")] = "cosine",
+    schedule: Annotated[str, typer.Option(help="cosine, step, exponential or constant.")] = "cosine",
+    decay: Annotated[float, typer.Option(help="Factor that the exponential schedule reaches.")] = 0.01,
     warmup: Annotated[float, typer.Option(help="Part of the steps over which the rate grows.")] = 0.05,
+    loss: Annotated[str, typer.Option(help="cross-entropy; or rbf, rbf-discriminative of LeNet-5.")] = "cross-entropy",
     label_smoothing: Annotated[float, typer.Option(help="Probability spread over all classes.")] = 0.0,
+    shuffle: Annotated[str, typer.Option(help="all, within-shards or shards, of the training images.")] = "all",
     augment: Annotated[
-        str, typer.Option(help="Such as crop=4,flip, or none.  [auto: crop=4,flip in colour, shift=2 in gray]")
+        str,
+        typer.Option(
+            help="Such as crop=4,flip, or none.  [auto: crop=4,flip in colour, shift=2 in gray, "
+            "resized_crop=0.08,flip for photographs]"
+        ),
     ] = "auto",
     ema: Annotated[float, typer.Option(help="Decay of a moving average of the weights; 0 for none.")] = 0.0,
-    normalize: Annotated[str, typer.Option(help="channel, imagenet or unit.")] = "channel",
+    normalize: Annotated[
+        str, typer.Option(help="channel, imagenet or unit.  [auto: imagenet for photographs, else channel]")
+    ] = "auto",
     precision: Annotated[
         str, typer.Option(help="32-true, bf16-mixed, 64-true.  [auto: bf16-mixed where it measures faster]")
     ] = "auto",
     contiguous: Annotated[bool, typer.Option("--contiguous", help="Don't use the channels_last layout.")] = False,
+    workers: Annotated[int | None, typer.Option(help="Processes that read photographs.  [default: one a core]")] = None,
     evaluations: Annotated[int, typer.Option(help="Evaluations on the test images.")] = 10,
     seed: Annotated[int, typer.Option(help="Decides initial weights, order of batches and augmentation.")] = 0,
     weights: Annotated[Path | None, typer.Option(help="A checkpoint to start from.")] = None,
@@ -69,78 +90,106 @@ def train(
     from ..train import FitConfig
 
     console = Console(stderr=json)
-    if resume is not None:
-        recipe = read_run(resume)["recipe"]
-        out = resume
-    else:
-        recipe = {
-            "model": model,
-            "norm": norm,
-            "options": option or [],
-            "data": data,
-            "data_dir": None if data_dir is None else str(data_dir),
-            "image_size": image_size,
-            "skip_corrupt": skip_corrupt,
-            "weights": None if weights is None else str(weights),
-        }
-    out = out or Path("runs") / time.strftime("train-%Y%m%d-%H%M%S")
+    given = {**context.params, "nesterov": momentum > 0, "color": 0.0}
+    if paper is not None:
+        given |= _of_paper(paper, context)
+    recipe = read_run(resume)["recipe"] if resume is not None else _recipe(given)
+    out = resume or out or Path("runs") / time.strftime("train-%Y%m%d-%H%M%S")
     data_dir = None if recipe["data_dir"] is None else Path(recipe["data_dir"])
-    images = load_data(recipe["data"], data_dir, download, recipe["image_size"], recipe["skip_corrupt"], console)
-    settings = {
-        "batch_size": batch_size,
-        "lr": lr,
-        "momentum": momentum,
-        "nesterov": momentum > 0,
-        "weight_decay": weight_decay,
-        "schedule": schedule,
-        "label_smoothing": label_smoothing,
-        "augment": augment,
-        "ema": ema,
-        "normalize": normalize,
-        "precision": precision,
-        "channels_last": not contiguous,
-        "seed": seed,
-        "device": device,
-    }
-    config = (
-        _configure(settings, images, epochs, warmup, evaluations)
-        if resume is None
-        else FitConfig.from_dict(read_run(resume)["config"])
-    )
+    size, skip_corrupt = recipe["image_size"], recipe["skip_corrupt"]
+    images = load_for_training(recipe["model"], recipe["data"], data_dir, download, size, skip_corrupt, console)
+    if is_folder(recipe["data"]):
+        recipe["image_size"] = images.shape[1]
+    config = _configure(given, images) if resume is None else FitConfig.from_dict(read_run(resume)["config"])
     _run(recipe, images, config, out, resume is not None, console, json)
 
 
-def _configure(settings: dict[str, Any], images: ImageSet, epochs: float, warmup: float, evaluations: int) -> FitConfig:
+def _of_paper(name: str, context: typer.Context) -> dict[str, Any]:
+    """The options that the recipe called `name` changes, without those that were given by hand."""
+    from .. import models
+    from ..train import bn_inception_settings
+
+    settings = bn_inception_settings(name, context.params["epochs"])
+    of_model = next(recipe for key, recipe in models.BN_INCEPTION_RECIPES.items() if key.lower() == name.lower())
+    found = {"model": "bn_inception", "norm": of_model.norm, "warmup": 0.0, **settings}
+    free = {key: value for key, value in found.items() if not _is_given(context, key)}
+    model = free.get("model", context.params["model"])
+    own = {"activation": of_model.activation, "dropout": of_model.dropout, "lrn": of_model.lrn}
+    known = models.options(model.removeprefix("bnkit:")) if ":" not in model.removeprefix("bnkit:") else {}
+    options = [f"{key}={value}" for key, value in own.items() if key in known]
+    return {**free, "option": options + (context.params["option"] or [])}
+
+
+def _is_given(context: typer.Context, option: str) -> bool:
+    source = context.get_parameter_source(option)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _recipe(given: dict[str, Any]) -> dict[str, Any]:
+    """What model, data and initial weights are, as `run.json` keeps it."""
+    return {
+        "model": given["model"],
+        "norm": given["norm"],
+        "options": list(given["option"] or []),
+        "data": given["data"],
+        "data_dir": None if given["data_dir"] is None else str(given["data_dir"]),
+        "image_size": given["image_size"],
+        "skip_corrupt": given["skip_corrupt"],
+        "weights": None if given["weights"] is None else str(given["weights"]),
+    }
+
+
+def _configure(given: dict[str, Any], images: ImageSet | Photographs) -> FitConfig:
     import torch
 
+    from ..data import Photographs
     from ..train import FitConfig, fast_precision
 
+    epochs, batch_size, warmup, evaluations = (
+        given[name] for name in ("epochs", "batch_size", "warmup", "evaluations")
+    )
     require(epochs > 0, f"epochs must be positive, got {epochs}: try 10.")
     require(0 <= warmup <= 1, f"warmup is a part of the steps, from 0 to 1, got {warmup}: try 0.05.")
     require(evaluations >= 1, f"evaluations must be 1 or more, got {evaluations}: try 10.")
-    batch_size = settings["batch_size"]
     require(
         1 <= batch_size <= len(images.train_labels),
         f"batch_size must be from 1 to the {len(images.train_labels)} training images, got {batch_size}: change it.",
     )
-    steps = max(1, round(epochs * (len(images.train_labels) // batch_size)))
+    names = {field.name for field in dataclasses.fields(FitConfig)}
+    settings = {name: value for name, value in given.items() if name in names}
+    streamed = isinstance(images, Photographs)
     if settings["augment"] == "auto":
-        settings["augment"] = _GRAY_AUGMENTATION if images.shape[0] == 1 else _COLOR_AUGMENTATION
+        settings["augment"] = _augmentation(images, given["color"])
+    if settings["normalize"] == "auto":
+        settings["normalize"] = "imagenet" if streamed else "channel"
+    if streamed:
+        settings["eval_batch_size"] = _PHOTOGRAPHS_AT_ONCE
     if settings["precision"] == "auto":
         on_gpu = settings["device"] in ("auto", "cuda") and torch.cuda.is_available()
         settings["precision"] = fast_precision(torch.device("cuda" if on_gpu else "cpu"))
+    steps = max(1, round(epochs * (len(images.train_labels) // batch_size)))
     return FitConfig(
         steps=steps,
         warmup_steps=round(warmup * steps),
         eval_every=max(1, -(-steps // evaluations)),
         devices=int(os.environ.get("WORLD_SIZE", "1")),
+        channels_last=not given["contiguous"],
         **settings,
     )
 
 
+def _augmentation(images: ImageSet | Photographs, color: float) -> str:
+    from ..data import Photographs
+
+    if images.shape[0] == 1:
+        return _GRAY_AUGMENTATION
+    text = _PHOTOGRAPH_AUGMENTATION if isinstance(images, Photographs) else _COLOR_AUGMENTATION
+    return f"{text},color={color:g}" if color else text
+
+
 def _run(
     recipe: dict[str, Any],
-    images: ImageSet,
+    images: ImageSet | Photographs,
     config: FitConfig,
     out: Path,
     resume: bool,
@@ -175,7 +224,7 @@ def _run(
 
 
 def _fit(
-    model: nn.Module, images: ImageSet, config: FitConfig, checkpoint: Path, resume: bool, progress: Any
+    model: nn.Module, images: ImageSet | Photographs, config: FitConfig, checkpoint: Path, resume: bool, progress: Any
 ) -> tuple[History, str | None]:
     """Train; what came of it, and why it ended early, if it did."""
     from ..train import History, iterate
@@ -195,7 +244,7 @@ def _fit(
     return history, None
 
 
-def _save(run: dict[str, Any], history: History, images: ImageSet, out: Path, partial: str | None) -> Any:
+def _save(run: dict[str, Any], history: History, images: ImageSet | Photographs, out: Path, partial: str | None) -> Any:
     """Write the run's outcome beside its weights; the page that shows it."""
     from .._environment import describe_machine
     from ..report import save_page, save_svg

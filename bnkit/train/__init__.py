@@ -1,5 +1,6 @@
 """Training: settings, the loop, evaluation, checkpoints, optimizer groups."""
 
+from ._bn_inception import bn_inception_settings
 from ._config import FitConfig
 from ._evaluate import evaluate, probabilities
 from ._fit import Diverged, fit, iterate
@@ -13,6 +14,7 @@ __all__ = [
     "Evaluation",
     "FitConfig",
     "History",
+    "bn_inception_settings",
     "evaluate",
     "fast_precision",
     "fit",

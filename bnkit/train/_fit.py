@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -67,8 +67,8 @@ def iterate(
     *,
     resume: str | os.PathLike[str] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
-) -> Iterator[Evaluation]:
-    """Train `model` in place by SGD on the cross-entropy, pausing at each evaluation.
+) -> Generator[Evaluation, None, None]:
+    """Train `model` in place by SGD on the loss, pausing at each evaluation.
 
     Evaluations are made before the first update, after every `eval_every`, and after the last one. Between them the
     caller may do anything, such as train another model in turns: the runs don't disturb each other, as each keeps its

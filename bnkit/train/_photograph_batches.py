@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,44 +36,56 @@ class PhotographBatches:
     def __init__(self, data: Photographs, config: FitConfig, devices: Devices) -> None:
         self._data, self._config, self._devices = data, config, devices
         self._normalized = Normalization(data, config, devices)
+        self._kept: dict[tuple[int, ...], DataLoader[Any]] = {}
 
     def stream(self, order: BatchOrder) -> Iterator[tuple[Tensor, Tensor]]:
         """This process's share of the training batches in `order`, which moves on with each that is taken."""
         augmentation = Augmentation.parse(self._config.augment)
         examples = self._data.training_examples(augmentation, self._config.seed)
         # The workers run ahead, so they follow an order of their own.
-        for batch in self._load(examples, self._shares(copy.deepcopy(order))):
+        for batch in self._read(self._loader(examples, self._shares(copy.deepcopy(order)))):
             next(order)
             yield batch
 
     def calibration(self, count: int, batch_size: int) -> Iterator[Tensor]:
         """This process's share of `count` training images spread over all, not augmented."""
-        examples = self._data.calibration_examples()
-        index = range(0, len(examples), max(1, len(examples) // count))[:count]
-        share = index[self._devices.rank :: self._devices.world]
-        for images, _ in self._load(examples, _split(share, batch_size)):
+        if (count, batch_size) not in self._kept:
+            examples = self._data.calibration_examples()
+            index = range(0, len(examples), max(1, len(examples) // count))[:count]
+            share = index[self._devices.rank :: self._devices.world]
+            self._kept[count, batch_size] = self._loader(examples, _split(share, batch_size), kept=True)
+        for images, _ in self._read(self._kept[count, batch_size]):
             yield images
 
     def test(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The test images and labels in order."""
-        examples = self._data.test_examples()
-        return self._load(examples, _split(range(len(examples)), batch_size))
+        if (batch_size,) not in self._kept:
+            examples = self._data.test_examples()
+            self._kept[batch_size,] = self._loader(examples, _split(range(len(examples)), batch_size), kept=True)
+        return self._read(self._kept[batch_size,])
 
     def _shares(self, order: BatchOrder) -> Iterator[Keys]:
         while True:
             epoch, index = order.epoch, next(order)
             yield [(i, epoch) for i in index[self._devices.rank :: self._devices.world].tolist()]
 
-    def _load(self, examples: Examples, keys: Iterable[Keys]) -> Iterator[tuple[Tensor, Tensor]]:
-        device = self._devices.device
-        loader = DataLoader(
+    def _loader(self, examples: Examples, keys: Iterable[Keys], *, kept: bool = False) -> DataLoader[Any]:
+        """A loader, whose workers, if it is kept, wait for the next time: to start them costs a large process seconds,
+        in which its memory is copied page by page.
+        """
+        workers = self._workers()
+        return DataLoader(
             examples,
             batch_sampler=keys,  # pyright: ignore[reportArgumentType]
-            num_workers=self._workers(),
+            num_workers=workers,
+            persistent_workers=kept and workers > 0,
             collate_fn=_collated,
-            pin_memory=device.type == "cuda",
+            pin_memory=self._devices.device.type == "cuda",
             generator=torch.Generator(),  # else it would draw from the run's own random numbers
         )
+
+    def _read(self, loader: DataLoader[Any]) -> Iterator[tuple[Tensor, Tensor]]:
+        device = self._devices.device
         for images, labels, fault in loader:
             require(
                 not fault or self._data.skip_corrupt,

@@ -5,11 +5,15 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from rich.console import Console
 from typer.testing import Result
 
 from bnkit._checks import UserError
+from bnkit._commands._data import load_for_training
 from bnkit._weights import read_weights
 from bnkit.report import LiveProgress
 
@@ -101,9 +105,76 @@ def test_models_of_other_libraries(bnkit: Command, pictures: Path):
     assert json.loads(bnkit("evaluate", "r", "--json").output)["images"] == 24
 
 
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    """Two classes of 20 JPEGs, of 70 to 140 pixels a side."""
+    generator = np.random.default_rng(0)
+    for name, low in (("dark", 0), ("light", 128)):
+        (tmp_path / "photographs" / name).mkdir(parents=True)
+        for i in range(20):
+            height, width = generator.integers(70, 140, 2)
+            pixels = generator.integers(low, low + 128, (height, width, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photographs" / name / f"{i}.jpg")
+    return tmp_path / "photographs"
+
+
+def test_photographs_stay_in_their_files(bnkit: Command, photographs: Path):
+    options = ("--model", "resnet18", "-o", "width=8", "--precision", "32-true", "--image-size", 72, "--workers", 2)
+    result = bnkit("train", *options, "--data", photographs, "--epochs", 3, "--batch-size", 8, "--out", "run")
+    assert result.exit_code == 0, result.output
+    told = json.loads(Path("run/run.json").read_text())
+    assert told["config"]["augment"] == "resized_crop=0.08,flip"
+    assert told["config"]["normalize"] == "imagenet"
+    assert told["recipe"]["image_size"] == 72
+    again = json.loads(bnkit("evaluate", "run", "run", "--json").output)
+    assert again["images"] == 8
+    assert {row["accuracy"] for row in again["results"]} == {told["outcome"]["test_accuracy"]}
+
+
+def test_photographs_get_the_model_s_own_size(photographs: Path, pictures: Path):
+    arguments = (None, False, None, False, Console(quiet=True))
+    large = load_for_training("bnkit:resnet18", str(photographs), *arguments)
+    assert large.shape == (3, 32, 32)
+    assert load_for_training("resnet20", str(photographs), *arguments).shape == (3, 32, 32)
+    for path in photographs.rglob("*.jpg"):
+        with Image.open(path) as image:
+            larger = image.resize((250, 200))
+        larger.save(path)
+    for model in ("bnkit:resnet18", "resnet18", "torchvision:resnet18", "timm:resnet18"):
+        assert load_for_training(model, str(photographs), *arguments).shape == (3, 224, 224)
+    assert load_for_training("resnet20", str(photographs), *arguments).shape == (3, 32, 32)
+    assert load_for_training("resnet18", str(pictures), *arguments).shape == (3, 32, 32)
+
+
+def test_a_recipe_of_the_paper(bnkit: Command, pictures: Path):
+    shared = ("--data", pictures, "--precision", "32-true", "--epochs", 0.4, "--evaluations", 1)
+    result = bnkit("train", "--recipe", "BN-x5", "--lr", 0.001, "-o", "dropout=0.1", *shared, "--out", "run")
+    assert result.exit_code == 0, result.output
+    told = json.loads(Path("run/run.json").read_text())
+    config, recipe = told["config"], told["recipe"]
+    assert (recipe["model"], recipe["norm"]) == ("bn_inception", "batch")
+    assert recipe["options"] == ["activation=relu", "dropout=0.0", "lrn=False", "dropout=0.1"]
+    assert (config["lr"], config["batch_size"], config["momentum"], config["nesterov"]) == (0.001, 32, 0.9, False)
+    assert config["weight_decay"] == pytest.approx(4e-5 / 5)
+    assert (config["schedule"], config["warmup_steps"]) == ("exponential", 0)
+    assert config["decay"] == pytest.approx(0.96 ** (6 * 0.4 / 8))
+    assert (config["shuffle"], config["augment"]) == ("within-shards", "crop=4,flip,color=0.2")
+
+    bnkit("train", "--recipe", "inception", "--model", "lenet5", *shared, "--out", "other")
+    told = json.loads(Path("other/run.json").read_text())
+    config, recipe = told["config"], told["recipe"]
+    assert (recipe["model"], recipe["norm"], recipe["options"]) == ("lenet5", "none", ["activation=relu"])
+    assert (config["lr"], config["weight_decay"], config["shuffle"]) == (0.0015, 4e-5, "shards")
+    assert config["augment"] == "crop=4,flip,color=0.4"
+    assert config["decay"] == pytest.approx(0.96 ** (0.4 / 8))
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["--recipe", "bn-x6"], "unknown recipe 'bn-x6': did you mean bn-x5"),
+        (["--loss", "mse"], "unknown loss 'mse'"),
+        (["--shuffle", "none"], "unknown shuffle 'none'"),
         (["--model", "lenet"], "unknown model 'lenet': did you mean lenet5"),
         (["--augment", "crap"], "unknown augmentation 'crap'"),
         (["--epochs", "0"], r"epochs must be positive, got 0"),

@@ -98,3 +98,34 @@ def test_a_batch_larger_than_the_data_is_one_batch_without_drop_last():
 def test_a_place_that_does_not_exist_is_refused(state):
     with pytest.raises(UserError, match=r"no batch -?\d in epoch -?\d, which has 3 batches: resume with the data"):
         BatchOrder(10, 3, 0).load_state_dict(state)
+
+
+def test_shards_keep_their_examples_and_shuffled_ones_change_their_order():
+    n = 2500
+    fixed, mixed = (BatchOrder(n, n, 5, shuffle=shuffle) for shuffle in ("shards", "within-shards"))
+    epochs = [[next(order) for _ in range(4)] for order in (fixed, mixed)]
+    shards = [set(part.tolist()) for part in epochs[0][0].split(1024)]
+    for each in (*epochs[0], *epochs[1]):
+        assert sorted(each.tolist()) == list(range(n))
+    ends = {tuple(epoch[-1000:].tolist()) for epoch in epochs[0]}
+    assert len(ends) <= 4
+    assert len({tuple(epoch.tolist()) for epoch in epochs[0]}) > 1
+    last = [i for i in epochs[0][0].tolist() if i in min(shards, key=len)]
+    for epoch in epochs[0]:
+        assert [i for i in epoch.tolist() if i in set(last)] == last
+    assert len({tuple(i for i in epoch.tolist() if i in set(last)) for epoch in epochs[1]}) == 4
+
+
+@given(sizes, st.integers(0, 100), st.sampled_from(["shards", "within-shards"]))
+def test_shards_resume_too(size, steps, shuffle):
+    n, batch_size = size
+    uninterrupted = BatchOrder(n, batch_size, 7, shuffle=shuffle)
+    take(uninterrupted, steps)
+    resumed = BatchOrder(n, batch_size, 7, shuffle=shuffle)
+    resumed.load_state_dict(uninterrupted.state_dict())
+    assert take(resumed, 20) == take(uninterrupted, 20)
+
+
+def test_an_unknown_shuffle():
+    with pytest.raises(UserError, match="unknown shuffle 'none'"):
+        BatchOrder(10, 3, 0, shuffle="none")

@@ -35,3 +35,8 @@ def test_cosine_is_torch_s(warmup: int) -> None:
 def test_steps_come_at_half_and_at_three_quarters() -> None:
     config = FitConfig(steps=8, lr=0.4, schedule="step", warmup_steps=2)
     assert rates(config) == pytest.approx([0.2, 0.4, 0.4, 0.4, 0.04, 0.04, 0.004, 0.004])
+
+
+def test_exponential_reaches_its_factor_at_the_end() -> None:
+    config = FitConfig(steps=12, lr=0.4, schedule="exponential", decay=0.01, warmup_steps=2)
+    assert rates(config) == pytest.approx([0.2, 0.4, *(0.4 * 0.01 ** (i / 10) for i in range(10))])
