@@ -39,13 +39,15 @@ class SmallBatchesConfig:
         batch_size: images an update, in each process.
         rates: learning rates.
         seeds: runs of each.
+        test_images: how many of them are used.
         processes: as many as torchrun started.
     """
 
-    steps: int = 1500
+    steps: int = 600
     batch_size: int = 2
     rates: tuple[float, ...] = (0.005, 0.02)
     seeds: int = 3
+    test_images: int = 2000
     processes: int = field(default_factory=lambda: int(os.environ.get("WORLD_SIZE", "1")))
 
 
@@ -61,6 +63,11 @@ def small_batches(config: SmallBatchesConfig | None = None, *, progress: Progres
     """Train a small convolutional network on the bundled digits with each norm: see the module's claim."""
     config, progress = config or SmallBatchesConfig(), progress or Silent()
     digits, trials = data.load("digits"), []
+    digits = dataclasses.replace(
+        digits,
+        test_images=digits.test_images[: config.test_images],
+        test_labels=digits.test_labels[: config.test_images],
+    )
     norms = _norms(config)
     runs = [(name, rate, seed) for name in norms for rate in config.rates for seed in range(config.seeds)]
     progress.phase(f"{len(runs)} runs with batches of {config.batch_size}", len(runs))
