@@ -16,8 +16,8 @@ enum {
     FIRST_ELEMENTS = 128,   /* about what gives the first shift */
     BLOCK_ELEMENTS = 32768, /* about a block, unless that makes more than MAX_BLOCKS */
     MAX_BLOCKS = 16,
-    MAX_GROUP = 32,         /* adjacent small planes that are swept together: as many as */
-    GROUP_BYTES = 8192,     /* make up about this in one image, */
+    MAX_GROUP = 32,         /* adjacent planes that are swept together, for memory likes long runs: as many as */
+    GROUP_BYTES = 65536,    /* make up about this in one image, */
     GROUP_MIN_BYTES = 4096, /* or only this, */
     GROUP_SLAB = 1 << 19    /* to keep the bytes of all images in a core's own cache */
 };
@@ -42,7 +42,8 @@ typedef struct {
     double a[MAX_BLOCKS * MAX_GROUP], b[MAX_BLOCKS * MAX_GROUP];
 } partials;
 
-static planes planes_of(int64_t outer, int64_t channels, int64_t inner, int threads)
+/* `sweeps` that a slab is read in: with one alone, no cache has to keep it. */
+static planes planes_of(int64_t outer, int64_t channels, int64_t inner, int threads, int sweeps)
 {
     planes p = {.channels = channels, .inner = inner, .threads = threads};
     p.pieces = (inner + UNIT_ELEMENTS - 1) / UNIT_ELEMENTS;
@@ -50,7 +51,9 @@ static planes planes_of(int64_t outer, int64_t channels, int64_t inner, int thre
     p.units = outer * p.pieces;
     p.blocks = (int)between(1, smaller(outer * inner / BLOCK_ELEMENTS, p.units), MAX_BLOCKS);
     const int64_t bytes = inner * (int64_t)sizeof(elem);
-    const int64_t group = between(GROUP_MIN_BYTES / bytes, GROUP_SLAB / (outer * bytes), GROUP_BYTES / bytes);
+    const int64_t kept = between(GROUP_MIN_BYTES / bytes, GROUP_SLAB / (outer * bytes), GROUP_BYTES / bytes);
+    const int64_t shares = threads * ((channels - 1) / (threads * MAX_GROUP) + 1); /* the same for each thread */
+    const int64_t group = sweeps > 1 ? kept : (channels + shares - 1) / shares;
     p.group = (int)between(1, group, MAX_GROUP);
     p.team = threads > 1 && channels < 4 * threads && p.blocks >= threads;
     if (p.team)

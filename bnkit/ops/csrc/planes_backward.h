@@ -83,7 +83,7 @@ static void backward_share(const bnkit_backward *g, const planes *p, share s, pa
 
 static bool backward_planes(const bnkit_backward *g)
 {
-    const planes p = planes_of(g->outer, g->channels, g->inner, g->threads);
+    const planes p = planes_of(g->outer, g->channels, g->inner, g->threads, needs_sums(g) ? 2 : 1);
 #define BACKWARD(share, partial) backward_share(g, &p, share, partial)
     FOR_ALL_CHANNELS(p, BACKWARD)
 #undef BACKWARD

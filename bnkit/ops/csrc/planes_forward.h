@@ -98,7 +98,7 @@ static void forward_share(const bnkit_forward *f, const planes *p, share s, part
 
 static bool forward_planes(const bnkit_forward *f)
 {
-    const planes p = planes_of(f->outer, f->channels, f->inner, f->threads);
+    const planes p = planes_of(f->outer, f->channels, f->inner, f->threads, f->training ? 2 : 1);
 #define FORWARD(share, partial) forward_share(f, &p, share, partial)
     FOR_ALL_CHANNELS(p, FORWARD)
 #undef FORWARD

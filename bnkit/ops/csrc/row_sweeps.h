@@ -4,6 +4,8 @@
 
 #include "vectors.h"
 
+enum { TILE = 4 }; /* vectors side by side whose sums stay in registers while UNROLL rows go by, in memory's order */
+
 /* `height` pieces of rows, `width` elements each, `stride` apart, from element `start` of the tensor on. The numbers
  * for a piece's first element are at `column` of the arrays, where a whole vector may be read from any column.
  * Passed by value, as the maps are: a compiler then knows that no store changes them. */
@@ -30,73 +32,72 @@ INLINE bool can_stream(const elem *out, patch p)
     return misaligned(out + p.start) == 0 && p.stride % (int64_t)(sizeof(raw) / sizeof(elem)) == 0;
 }
 
-/* Calls STEP(i, j, rows, lanes) for all vectors of `rows` rows from row r on: i is their place in the tensor, j in the
- * arrays. `rows` and `lanes` are constants but at the edges. */
-#define FOR_EACH_VECTOR(p, r, rows, STEP)                                                                              \
+/* Calls STEP(i, j, lanes) for all vectors, row by row: i is their place in the tensor, j in the arrays. Here and below,
+ * the numbers that follow j are constants but at the edges. */
+#define FOR_EACH_VECTOR(p, STEP)                                                                                       \
+    for (int64_t r = 0; r < (p).height; r++) {                                                                         \
+        const int64_t row_start = (p).start + r * (p).stride;                                                          \
+        int64_t column = 0;                                                                                            \
+        for (; column + LANES <= (p).width; column += LANES)                                                           \
+            STEP(row_start + column, (p).column + column, LANES);                                                      \
+        if (column < (p).width)                                                                                        \
+            STEP(row_start + column, (p).column + column, (p).width - column);                                         \
+    }
+
+/* Calls STEP(i, j, rows, lanes, vectors) for all tiles: UNROLL rows by TILE vectors, or fewer at the edges. */
+#define FOR_EACH_TILE_OF(p, r, rows, STEP)                                                                             \
     do {                                                                                                               \
         const int64_t row_start = (p).start + (r) * (p).stride;                                                        \
         int64_t column = 0;                                                                                            \
+        for (; column + TILE * LANES <= (p).width; column += TILE * LANES)                                             \
+            STEP(row_start + column, (p).column + column, rows, LANES, TILE);                                          \
         for (; column + LANES <= (p).width; column += LANES)                                                           \
-            STEP(row_start + column, (p).column + column, rows, LANES);                                                \
+            STEP(row_start + column, (p).column + column, rows, LANES, 1);                                             \
         if (column < (p).width)                                                                                        \
-            STEP(row_start + column, (p).column + column, rows, (p).width - column);                                   \
+            STEP(row_start + column, (p).column + column, rows, (p).width - column, 1);                                \
     } while (0)
 
-#define FOR_EACH_ROW(p, STEP)                                                                                          \
-    for (int64_t r = 0; r < (p).height; r++)                                                                           \
-        FOR_EACH_VECTOR(p, r, 1, STEP)
-
-#define FOR_EACH_EIGHT_ROWS(p, STEP)                                                                                   \
+#define FOR_EACH_TILE(p, STEP)                                                                                         \
     do {                                                                                                               \
         int64_t r = 0;                                                                                                 \
         for (; r + UNROLL <= (p).height; r += UNROLL)                                                                  \
-            FOR_EACH_VECTOR(p, r, UNROLL, STEP);                                                                       \
+            FOR_EACH_TILE_OF(p, r, UNROLL, STEP);                                                                      \
         if (r < (p).height)                                                                                            \
-            FOR_EACH_VECTOR(p, r, (int)((p).height - r), STEP);                                                        \
+            FOR_EACH_TILE_OF(p, r, (int)((p).height - r), STEP);                                                       \
     } while (0)
 
-/* Whether to ask for the next eight rows while eight are summed: where rows are so long that the processor loses sight
- * of what comes next, and so short that eight of them stay in its first cache. */
-INLINE bool fetches_ahead(patch p)
+INLINE void sum_tile(const elem *x, int64_t stride, int height, int64_t lanes, int vectors, const real *shift,
+                     double *sum, double *squares)
 {
-    const int64_t bytes = p.stride * (int64_t)sizeof(elem);
-    return 256 <= bytes && bytes <= 1024;
-}
-
-INLINE void prefetch_next_rows(const elem *x, int64_t stride)
-{
-    for (int k = 0; k < UNROLL; k++)
-        __builtin_prefetch(x + (k + UNROLL) * stride);
-}
-
-INLINE void sum_column(const elem *x, int64_t stride, int height, int64_t lanes, vec shift, double *sum,
-                       double *squares, bool ahead)
-{
-    vec d[UNROLL];
-    if (ahead)
-        prefetch_next_rows(x, stride);
-    for (int k = 0; k < UNROLL; k++)
-        d[k] = k < height ? first_lanes(load(x + k * stride, lanes) - shift, lanes) : (vec){0};
-    accumulate_at(sum, tree_sum(d));
-    accumulate_at(squares, tree_dot(d, d));
+    vec sums[TILE] = {{0}}, dots[TILE] = {{0}};
+    for (int k = 0; k < height; k++)
+        for (int w = 0; w < vectors; w++) {
+            const vec from_x = load(x + k * stride + w * LANES, lanes);
+            const vec d = first_lanes(from_x - load_vec(shift + w * LANES), lanes);
+            sums[w] += d;
+            dots[w] = multiply_add(d, d, dots[w]);
+        }
+    for (int w = 0; w < vectors; w++) {
+        accumulate_at(sum + w * LANES, sums[w]);
+        accumulate_at(squares + w * LANES, dots[w]);
+    }
 }
 
 /* Adds, for each place in a row, the sums of (x - shift) and of its square. */
 static void sum_rows(const elem *x, patch p, const real *shift, double *sum, double *squares)
 {
-#define SUM(i, j, rows, lanes)                                                                                         \
-    sum_column(x + (i), p.stride, rows, lanes, load_vec(shift + (j)), sum + (j), squares + (j), ahead)
-    const bool ahead = fetches_ahead(p);
-    FOR_EACH_EIGHT_ROWS(p, SUM);
+#define SUM(i, j, rows, lanes, vectors)                                                                                \
+    sum_tile(x + (i), p.stride, rows, lanes, vectors, shift + (j), sum + (j), squares + (j))
+    FOR_EACH_TILE(p, SUM);
 #undef SUM
 }
 
 INLINE void normalize_rows_as(const elem *x, const elem *residual, elem *y, patch p, channel_maps m, bool stream,
                               int activation, bool add)
 {
-#define NORMALIZE(i, j, rows, lanes)                                                                                   \
+#define NORMALIZE(i, j, lanes)                                                                                         \
     normalize_vector(x + (i), residual + (i), y + (i), forward_maps_at(m, j), activation, add, lanes, stream)
-    FOR_EACH_ROW(p, NORMALIZE);
+    FOR_EACH_VECTOR(p, NORMALIZE)
 #undef NORMALIZE
 }
 
@@ -109,40 +110,35 @@ static void normalize_rows(const elem *x, const elem *residual, elem *y, patch p
 #undef NORMALIZE
 }
 
-INLINE void sum_gradient_column(const elem *dy, const elem *x, const elem *residual, elem *dresidual, int64_t stride,
-                                int height, int64_t lanes, vec_maps m, double *sum, double *dot, int activation,
-                                bool add, bool stream, bool ahead)
+INLINE void sum_gradient_tile(const elem *dy, const elem *x, const elem *residual, elem *dresidual, int64_t stride,
+                              int height, int64_t lanes, int vectors, channel_maps m, int64_t j, double *sum,
+                              double *dot, int activation, bool add, bool stream)
 {
-    vec dz[UNROLL], d[UNROLL];
-    if (ahead) {
-        prefetch_next_rows(x, stride);
-        prefetch_next_rows(dy, stride);
-        if (add)
-            prefetch_next_rows(residual, stride);
+    vec sums[TILE] = {{0}}, dots[TILE] = {{0}};
+    for (int k = 0; k < height; k++)
+        for (int w = 0; w < vectors; w++) {
+            const int64_t at = k * stride + w * LANES;
+            const vec_maps maps = forward_maps_at(m, j + w * LANES);
+            const vec from_x = load(x + at, lanes);
+            const vec dz = first_lanes(vector_dz(dy + at, from_x, residual + at, maps, activation, add, lanes), lanes);
+            sums[w] += dz;
+            dots[w] = multiply_add(dz, from_x - maps.shift, dots[w]);
+            if (dresidual)
+                store(dresidual + at, dz, lanes, stream);
+        }
+    for (int w = 0; w < vectors; w++) {
+        accumulate_at(sum + j + w * LANES, sums[w]);
+        accumulate_at(dot + j + w * LANES, dots[w]);
     }
-    for (int k = 0; k < UNROLL; k++) {
-        dz[k] = d[k] = (vec){0};
-        if (k >= height)
-            continue;
-        const int64_t at = k * stride;
-        const vec from_x = load(x + at, lanes);
-        d[k] = from_x - m.shift;
-        dz[k] = first_lanes(vector_dz(dy + at, from_x, residual + at, m, activation, add, lanes), lanes);
-        if (dresidual)
-            store(dresidual + at, dz[k], lanes, stream);
-    }
-    accumulate_at(sum, tree_sum(dz));
-    accumulate_at(dot, tree_dot(dz, d));
 }
 
 INLINE void sum_gradient_rows_as(const elem *dy, const elem *x, const elem *residual, elem *dresidual, patch p,
                                  channel_maps m, double *sum, double *dot, bool stream, int activation, bool add)
 {
-#define SUM(i, j, rows, lanes)                                                                                         \
-    sum_gradient_column(dy + (i), x + (i), residual + (i), dresidual ? dresidual + (i) : NULL, p.stride, rows, lanes,  \
-                        forward_maps_at(m, j), sum + (j), dot + (j), activation, add, stream, ahead)
-    const bool ahead = fetches_ahead(p);
-    FOR_EACH_EIGHT_ROWS(p, SUM);
+#define SUM(i, j, rows, lanes, vectors)                                                                                \
+    sum_gradient_tile(dy + (i), x + (i), residual + (i), dresidual ? dresidual + (i) : NULL, p.stride, rows, lanes,    \
+                      vectors, m, j, sum, dot, activation, add, stream)
+    FOR_EACH_TILE(p, SUM);
 #undef SUM
 }
 
@@ -160,10 +156,10 @@ static void sum_gradient_rows(const elem *dy, const elem *x, const elem *residua
 INLINE void gradient_rows_as(const elem *dy, const elem *x, const elem *residual, elem *dx, elem *dresidual, patch p,
                              channel_maps m, bool through_x, bool stream, int activation, bool add)
 {
-#define GRADIENT(i, j, rows, lanes)                                                                                    \
+#define GRADIENT(i, j, lanes)                                                                                          \
     gradient_vector(dy + (i), x + (i), residual + (i), dx ? dx + (i) : NULL, dresidual ? dresidual + (i) : NULL,       \
                     backward_maps_at(m, j), through_x, activation, add, lanes, stream)
-    FOR_EACH_ROW(p, GRADIENT);
+    FOR_EACH_VECTOR(p, GRADIENT)
 #undef GRADIENT
 }
 
