@@ -22,7 +22,7 @@ _CAPABILITY = (8, 0)
 
 def available(device: int = 0) -> bool:
     """Whether the kernels run on this GPU: NVIDIA's, of compute capability 8.0 (Ampere) or later, and with Triton."""
-    return torch.cuda.is_available() and _capable(device)
+    return _capable(device)
 
 
 def supports(x: Tensor, parameters: Sequence[Tensor | None], residual: Tensor | None) -> bool:
@@ -107,6 +107,7 @@ def _like(tensor: Tensor, x: Tensor) -> Tensor:
 
 @cache
 def _capable(device: int) -> bool:
-    if torch.version.cuda is None or importlib.util.find_spec("triton") is None:
+    # A compiler's fake tensors may be on a GPU where there is none.
+    if torch.version.cuda is None or not torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
         return False
     return torch.cuda.get_device_capability(device) >= _CAPABILITY

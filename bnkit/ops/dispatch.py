@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..moments import statistics_dtype
-from . import _inplace, cpu, reference
+from . import _inplace, cpu, cuda, reference
 from ._autograd import differentiable
 from ._backend import COMPOSED, Backend
 from ._transforms import check_vmap
@@ -33,7 +33,7 @@ __all__ = [
     "through_own_statistics",
 ]
 
-BACKENDS: tuple[Backend, ...] = (cpu,)
+BACKENDS: tuple[Backend, ...] = (cpu, cuda)
 
 PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None)})
 """Types of the arguments that a backend takes. A subclass stands for something else than its data."""
@@ -126,7 +126,7 @@ def serve(
 def count_version(training: bool, running_mean: Tensor | None, running_var: Tensor | None) -> None:
     """Tell autograd that the running statistics were written to: backends write through pointers."""
     if training and running_mean is not None and running_var is not None:
-        torch.autograd.graph.increment_version((running_mean, running_var))
+        torch._C._increment_version((running_mean, running_var))
 
 
 def _only_reference() -> bool:

@@ -1,0 +1,48 @@
+"""Where parameters and buffers are not where `torch.nn.Module` keeps them, the layers find them all the same."""
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from bnkit.nn import BatchNorm2d
+
+
+class Doubled(nn.Module):
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return 2 * values
+
+
+def pair() -> tuple[BatchNorm2d, nn.BatchNorm2d, torch.Tensor]:
+    ours, theirs = BatchNorm2d(3), nn.BatchNorm2d(3)
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.uniform_(0.5, 2)
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs, torch.randn(4, 3, 5, 5)
+
+
+def test_parametrized_parameters_and_buffers():
+    ours, theirs, x = pair()
+    for layer in (ours, theirs):
+        parametrize.register_parametrization(layer, "weight", Doubled())
+        layer.eval()
+        parametrize.register_parametrization(layer, "running_mean", Doubled())
+        layer.parametrizations.running_mean.original.fill_(0.3)
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_a_replica_of_data_parallel():
+    ours, theirs, x = pair()
+    replica = ours._replicate_for_data_parallel()
+    for name, value in {**dict(theirs.named_parameters()), **dict(theirs.named_buffers())}.items():
+        setattr(replica, name, value)
+    torch.testing.assert_close(replica(x), nn.functional.batch_norm(x, None, None, theirs.weight, theirs.bias, True))
+    assert theirs.num_batches_tracked == 1
+
+
+def test_a_functional_call():
+    ours, theirs, x = pair()
+    state = {name: value + 1 for name, value in ours.state_dict().items()}
+    theirs.load_state_dict(state)
+    torch.testing.assert_close(torch.func.functional_call(ours, state, x), theirs(x))
+    assert state["num_batches_tracked"] == 2
