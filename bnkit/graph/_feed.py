@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -45,7 +46,7 @@ def feed(model: nn.Module, batch: Any, forward: Forward | None = None) -> Any:
 
 def device_of(model: nn.Module) -> torch.device | None:
     """Where the model's first parameter or buffer lies; None if it has neither."""
-    for tensor in (*model.parameters(), *model.buffers()):
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
         return tensor.device
     return None
 

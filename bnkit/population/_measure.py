@@ -70,6 +70,7 @@ class Probe:
         self._last: str | None = None
         self._calls: dict[str, int] = {}
         self._outputs: dict[str, Tensor] = {}
+        self._others: set[str] = set()  # layers that now use other statistics than their own
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
@@ -101,6 +102,7 @@ class Probe:
             until: end at the last call of this layer already.
         """
         self._readings, self._policy, self._last = [], policy, until
+        self._outputs.clear()
         counts: dict[str, int] = {}
         try:
             feed(self._model, batch, self._forward)
@@ -114,7 +116,7 @@ class Probe:
     def _hooks(self) -> Iterator[Any]:
         for name, layer in self._layers.items():
             yield layer.register_forward_pre_hook(lambda _, a, k, name=name: self._before(name, a, k), with_kwargs=True)
-            yield layer.register_forward_hook(lambda *_, name=name: self._let_use(name, self._own[name]))
+            yield layer.register_forward_hook(lambda *_, name=name: self._after(name))
 
     def _before(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = entering(self._layers[name], args, kwargs)
@@ -130,6 +132,12 @@ class Probe:
         statistics = self._policy(self._readings[-1])
         if statistics is not None:
             self._let_use(name, statistics)
+            self._others.add(name)
+
+    def _after(self, name: str) -> None:
+        if name in self._others:
+            self._let_use(name, self._own[name])
+            self._others.remove(name)
 
     def _at_once(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Moments] | None:
         """The layer's output and the moments, where one reading of the input by the kernel gives both."""

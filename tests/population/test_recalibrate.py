@@ -11,7 +11,8 @@ from torch import nn
 
 import bnkit
 from bnkit import UserError
-from bnkit.population import METHODS, recalibrate
+from bnkit.ops import cpu
+from bnkit.population import METHODS, _kernel, _measure, recalibrate
 
 SIZES = (4, 7, 2)
 NORMS = [nn.BatchNorm2d, nn.SyncBatchNorm, bnkit.nn.BatchNorm2d, bnkit.nn.GhostBatchNorm, bnkit.nn.BatchRenorm]
@@ -503,3 +504,41 @@ def test_progress(capsys):
     assert calls == [(1, 4), (2, 4), (3, 4), (4, 4)]
     recalibrate(net(), batches(4, 4), progress=True)
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, bnkit.nn.BatchNorm2d], ids=["torch", "bnkit"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["first", "last"])
+def test_read_and_normalized_at_once_is_what_the_layer_does(monkeypatch, norm, layout):
+    """The kernel's way and the layers' own: same statistics, and no trace in the model."""
+    model = net(norm)
+    data = [x.contiguous(memory_format=layout) for x in batches(5, 3, 7)]
+    other = copy.deepcopy(model)
+    recalibrate(model, data)
+    assert not any("forward" in vars(module) for module in model.modules())
+    monkeypatch.setattr(_measure, "does_as_known", lambda layer: False)
+    recalibrate(other, data)
+    for ours, theirs in zip(model.buffers(), other.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(not cpu.available(), reason="the kernels are not installed")
+def test_residual_and_activation_at_once():
+    layer = randomized(bnkit.nn.BatchNorm2d(3, activation="relu"))
+    x, residual = torch.randn(2, 4, 3, 5, 5).unbind()
+    y, found = _kernel.normalized(layer, x, residual)
+    true_mean, true_var = moments(x)
+    close(found.mean, true_mean)
+    close(found.variance(unbiased=True), true_var)
+    shape = (1, 3, 1, 1)
+    z = (x.double() - true_mean.view(shape)) / (x.double().var((0, 2, 3), correction=0).view(shape) + 1e-5).sqrt()
+    z = layer.weight.double().view(shape) * z + layer.bias.double().view(shape) + residual.double()
+    torch.testing.assert_close(y.double(), z.relu(), rtol=1e-5, atol=1e-5)
+
+
+def test_what_the_kernel_leaves_to_the_layer():
+    layer = nn.BatchNorm2d(3)
+    assert _kernel.normalized(layer, torch.randn(1, 3, 1, 1)) is None  # one value a channel
+    assert _kernel.normalized(layer, torch.randn(0, 3, 2, 2)) is None
+    assert _kernel.normalized(layer, torch.randn(2, 4, 2, 2)) is None  # the layer says what is wrong with it
+    assert _kernel.normalized(bnkit.nn.BatchNorm2d(3, activation="elu"), torch.randn(2, 3, 2, 2)) is None
+    assert not _kernel.does_as_known(bnkit.nn.DomainBatchNorm(3, 2))
