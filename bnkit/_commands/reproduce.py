@@ -27,6 +27,10 @@ EXPERIMENTS: Mapping[str, tuple[str, str]] = {
     "sequential-digits": ("sequential_digits", "Batch norm in the recurrence of an LSTM (Cooijmans et al. 2016)."),
     "domains": ("domains", "Statistics for each of two domains (Chang et al. 2019)."),
     "padding": ("padding", "Statistics that leave padding out."),
+    "corruptions": (
+        "corruptions",
+        "Adapting to corrupted images by statistics alone (Schneider et al. 2020); needs --data and --weights.",
+    ),
     "fine-tuning": ("fine_tuning", "Frozen statistics in small batches (He et al. 2015)."),
 }
 """By name: the module of `bnkit.experiments`, with a function of its name and a `page_of`, and what it is about.
