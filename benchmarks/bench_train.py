@@ -1,16 +1,17 @@
 """Images a second of `bnkit train` against training loops as torchvision's and timm's scripts have them.
 
-ResNet-20 on images of 32×32 and ResNet-18 on images of 128×128, all in class folders of JPEG files (noise, written
-for the occasion). What is timed is an epoch: reading, augmenting, training. The peers read and decode the files anew in
-each epoch, in as many worker processes as there are cores, and train in float32 and contiguous:
+ResNet-20 on images of 32×32, and ResNet-18 on photographs of 400×300 of which squares of 128×128 are cut, all in class
+folders of JPEG files (smooth noise, written for the occasion). What is timed is an epoch: reading, augmenting,
+training. The photographs are read and decoded anew in each epoch by all sides, in as many worker processes as there are
+cores; so do the peers with the small images, which bnkit reads once, before. The peers train in float32 and contiguous,
+the default of both scripts on a CPU:
 
 - torchvision: `ImageFolder`, a `DataLoader`, and transforms as in its references/classification (random crop or
   resized crop, mirror image, conversion, normalization);
 - timm: `timm.data.create_dataset` and `create_loader` with their default augmentation, timm's ResNet-18 (it has no
   ResNet-20: there the plain one).
 
-bnkit reads the files once, before. "Same settings" is bnkit in float32 and contiguous, "recipe" what `bnkit train`
-picks.
+"Same settings" is bnkit in float32 and contiguous, "recipe" what `bnkit train` picks.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import multiprocessing
 import os
+import signal
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -37,19 +40,22 @@ from bnkit._allocator import tune_allocator
 from bnkit.report import Table, print_table
 from bnkit.train import FitConfig, fast_precision, iterate
 
-NETS = {"resnet20": (32, 128, 2048), "resnet18": (128, 32, 192)}
+NETS = {"resnet20": (32, 128, 2048), "resnet18": (128, 32, 256)}
 """Side, batch size and images of an epoch."""
+PHOTOGRAPH = (400, 300)
 WORKERS = os.cpu_count() or 1
 
 
 def write_images(folder: Path, side: int, count: int) -> None:
     """`count` training images and a few test images of two classes."""
     generator = np.random.default_rng(0)
+    size = (side, side) if side == 32 else PHOTOGRAPH
     for split, images in (("train", count), ("test", 8)):
         for i in range(images):
             path = folder / split / "ab"[i % 2] / f"{i}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(generator.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(path, quality=90)
+            coarse = generator.integers(0, 256, (size[1] // 4, size[0] // 4, 3), dtype=np.uint8)
+            Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(path, quality=90)
 
 
 def plain_network(name: str) -> nn.Module:
@@ -117,9 +123,12 @@ def timm_epoch(name: str, folder: Path) -> Callable[[], None]:
 
 
 def bnkit_epoch(name: str, folder: Path, recipe: bool) -> Callable[[], object]:
-    """An epoch of `bnkit.train`, which evaluates on next to nothing."""
+    """An epoch of `bnkit.train`, which evaluates on next to nothing.
+
+    Its workers, which go on from epoch to epoch, are stopped in the others' turns: they must not decode ahead there.
+    """
     side, batch, count = NETS[name]
-    images = data.load(folder, size=side)
+    images = data.load(folder, size=side) if side == 32 else data.photographs(folder, side)
     config = FitConfig(
         steps=10**6,
         batch_size=batch,
@@ -130,10 +139,27 @@ def bnkit_epoch(name: str, folder: Path, recipe: bool) -> Callable[[], object]:
         precision=fast_precision(torch.device("cpu")) if recipe else "32-true",
         channels_last=recipe,
         eval_every=count // batch,
+        normalize="imagenet",
+        workers=WORKERS,
     )
+    others = set(multiprocessing.active_children())
     run = iterate(models.create(name, num_classes=2, image_size=side), images, config)
     next(run)
-    return lambda: next(run)
+    next(run)
+    workers = set(multiprocessing.active_children()) - others
+
+    def send(signal_: signal.Signals) -> None:
+        for worker in workers:
+            assert worker.pid is not None
+            os.kill(worker.pid, signal_)
+
+    def epoch() -> None:
+        send(signal.SIGCONT)
+        next(run)
+        send(signal.SIGSTOP)
+
+    send(signal.SIGSTOP)
+    return epoch
 
 
 def measure(name: str, rounds: int) -> list[dict[str, Any]]:
@@ -150,6 +176,9 @@ def measure(name: str, rounds: int) -> list[dict[str, Any]]:
             "bnkit, recipe": bnkit_epoch(name, folder, recipe=True),
         }
         times = take_turns(cases, rounds, warm_up=1)
+        for worker in multiprocessing.active_children():
+            assert worker.pid is not None
+            os.kill(worker.pid, signal.SIGCONT)  # so that they can end
     images = count // batch * batch
     rows = []
     for case, values in times.items():
