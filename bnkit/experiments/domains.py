@@ -40,12 +40,14 @@ class DomainsConfig:
         batch_size: images an update.
         rates: learning rates.
         seeds: runs of each.
+        test_images: how many of them are used.
     """
 
     steps: int = 400
     batch_size: int = 64
     rates: tuple[float, ...] = (0.02, 0.1)
     seeds: int = 3
+    test_images: int = 10_000
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def domains(config: DomainsConfig | None = None, *, progress: Progress | None = 
         torch.manual_seed(seed)
         model = InDomain(small_network(NORMS[arm]))
         loss, seconds = train(model, _training(digits, config.batch_size, seed), config.steps, rate)
-        return Trial(arm, rate, seed, loss, accuracy(model, _test(digits)), seconds)
+        return Trial(arm, rate, seed, loss, accuracy(model, _test(digits, config.test_images)), seconds)
 
     return Domains(config, run_trials(NORMS, config.rates, config.seeds, trial, progress or Silent()))
 
@@ -97,9 +99,11 @@ def _training(digits: data.ImageSet, size: int, seed: int) -> Iterator[Batch]:
         yield (_images(digits.train_images[indices], domain), domain), digits.train_labels[indices]
 
 
-def _test(digits: data.ImageSet) -> Iterable[Batch]:
+def _test(digits: data.ImageSet, count: int) -> Iterable[Batch]:
     for domain in DOMAINS:
-        for images, labels in zip(digits.test_images.split(500), digits.test_labels.split(500), strict=True):
+        for images, labels in zip(
+            *(part[:count].split(500) for part in (digits.test_images, digits.test_labels)), strict=True
+        ):
             yield (_images(images, domain), domain), labels
 
 

@@ -40,6 +40,7 @@ class FineTuningConfig:
         batch_size: mirrored digits an update.
         rates: learning rates.
         seeds: runs of each.
+        test_images: how many of them are used.
     """
 
     first_steps: int = 400
@@ -49,6 +50,7 @@ class FineTuningConfig:
     batch_size: int = 2
     rates: tuple[float, ...] = (0.001, 0.005)
     seeds: int = 3
+    test_images: int = 10_000
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def fine_tuning(config: FineTuningConfig | None = None, *, progress: Progress | 
         model.load_state_dict(copy.deepcopy(trained(seed).state_dict()))
         batches = _training(digits, config.batch_size, seed, mirrored=True)
         loss, seconds = train(model, batches, config.steps, rate)
-        return Trial(arm, rate, seed, loss, accuracy(model, _test(digits)), seconds)
+        return Trial(arm, rate, seed, loss, accuracy(model, _test(digits, config.test_images)), seconds)
 
     return FineTuning(config, run_trials(ARMS, config.rates, config.seeds, trial, progress or Silent()))
 
@@ -89,8 +91,10 @@ def _training(digits: data.ImageSet, size: int, seed: int, *, mirrored: bool) ->
         yield (_images(digits.train_images[indices], mirrored=mirrored),), digits.train_labels[indices]
 
 
-def _test(digits: data.ImageSet) -> Iterable[Batch]:
-    for images, labels in zip(digits.test_images.split(500), digits.test_labels.split(500), strict=True):
+def _test(digits: data.ImageSet, count: int) -> Iterable[Batch]:
+    for images, labels in zip(
+        *(part[:count].split(500) for part in (digits.test_images, digits.test_labels)), strict=True
+    ):
         yield (_images(images, mirrored=True),), labels
 
 

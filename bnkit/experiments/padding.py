@@ -37,6 +37,7 @@ class PaddingConfig:
         channels: of the convolutions.
         rates: learning rates.
         seeds: runs of each.
+        test_images: how many of them are used.
     """
 
     steps: int = 400
@@ -44,6 +45,7 @@ class PaddingConfig:
     channels: int = 32
     rates: tuple[float, ...] = (0.02, 0.1)
     seeds: int = 3
+    test_images: int = 10_000
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def padding(config: PaddingConfig | None = None, *, progress: Progress | None = 
         torch.manual_seed(seed)
         model = SequenceNetwork(config.channels, masked=ARMS[arm])
         loss, seconds = train(model, _training(digits, config.batch_size, seed), config.steps, rate)
-        return Trial(arm, rate, seed, loss, accuracy(model, _test(digits)), seconds)
+        return Trial(arm, rate, seed, loss, accuracy(model, _test(digits, config.test_images)), seconds)
 
     return Padding(config, run_trials(ARMS, config.rates, config.seeds, trial, progress or Silent()))
 
@@ -97,8 +99,10 @@ def _training(digits: data.ImageSet, size: int, seed: int) -> Iterator[Batch]:
         yield _padded(digits.train_images[indices]), digits.train_labels[indices]
 
 
-def _test(digits: data.ImageSet) -> Iterable[Batch]:
-    for images, labels in zip(digits.test_images.split(500), digits.test_labels.split(500), strict=True):
+def _test(digits: data.ImageSet, count: int) -> Iterable[Batch]:
+    for images, labels in zip(
+        *(part[:count].split(500) for part in (digits.test_images, digits.test_labels)), strict=True
+    ):
         yield _padded(images), labels
 
 

@@ -12,11 +12,19 @@ from bnkit.experiments._trials import Trial
 from bnkit.nn import BatchNorm1d, DomainBatchNorm, MaskedBatchNorm
 
 RUNS = {
-    "domains": (domains.domains, domains.DomainsConfig(steps=4, batch_size=8, rates=(0.1,), seeds=1), domains),
-    "padding": (padding.padding, padding.PaddingConfig(steps=4, batch_size=8, rates=(0.1,), seeds=1), padding),
+    "domains": (
+        domains.domains,
+        domains.DomainsConfig(steps=4, batch_size=8, rates=(0.1,), seeds=1, test_images=50),
+        domains,
+    ),
+    "padding": (
+        padding.padding,
+        padding.PaddingConfig(steps=4, batch_size=8, rates=(0.1,), seeds=1, test_images=50),
+        padding,
+    ),
     "fine-tuning": (
         fine_tuning.fine_tuning,
-        fine_tuning.FineTuningConfig(first_steps=4, steps=4, rates=(0.01,), seeds=1),
+        fine_tuning.FineTuningConfig(first_steps=4, steps=4, rates=(0.01,), seeds=1, test_images=50),
         fine_tuning,
     ),
 }
@@ -100,6 +108,6 @@ def test_mirrored_is_mirrored():
 
 
 def test_the_same_seed_gives_the_same_run():
-    config = padding.PaddingConfig(steps=3, batch_size=8, rates=(0.1,), seeds=1)
+    config = padding.PaddingConfig(steps=3, batch_size=8, rates=(0.1,), seeds=1, test_images=50)
     first, second = (padding.padding(config).trials for _ in range(2))
     assert [(t.train_loss, t.accuracy) for t in first] == [(t.train_loss, t.accuracy) for t in second]
