@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torchvision
-from against import agree, draw_state, on_meta, parameters, shapes
+from against import DRAWS, agree, draw_state, on_meta, parameters, shapes
 from torch import nn
 from torch.nn import functional as F
 
@@ -47,7 +47,13 @@ def test_equals_torchvision_s_with_its_state(dtype: torch.dtype, tolerance: floa
 def test_whole_networks_equal_torchvision_s(name: str, dtype: torch.dtype, tolerance: float) -> None:
     assert shapes(on_meta(lambda: models.create(name))) == shapes(on_meta(getattr(torchvision.models, name)))
     theirs = on_meta(getattr(torchvision.models, name))
-    agree(on_meta(lambda: models.create(name)), theirs, torch.randn(4, 3, 96, 96, dtype=dtype), tolerance)
+    agree(
+        on_meta(lambda: models.create(name)),
+        theirs,
+        torch.randn(4, 3, 96, 96, dtype=dtype),
+        tolerance,
+        draw=DRAWS[dtype],
+    )
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from against import agree, draw_state, on_meta, parameters, shapes
+from against import DRAWS, agree, draw_state, on_meta, parameters, shapes
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
@@ -38,7 +38,13 @@ def test_equals_torchvision_s_with_its_state(name: str, dtype: torch.dtype, tole
 @pytest.mark.parametrize("name", ["resnet34", "resnet101", "resnet152"])
 def test_deeper_ones_equal_torchvision_s(name: str, dtype: torch.dtype, tolerance: float) -> None:
     theirs = on_meta(getattr(torchvision.models, name))
-    agree(on_meta(lambda: models.create(name)), theirs, torch.randn(4, 3, 128, 128, dtype=dtype), tolerance)
+    agree(
+        on_meta(lambda: models.create(name)),
+        theirs,
+        torch.randn(4, 3, 128, 128, dtype=dtype),
+        tolerance,
+        draw=DRAWS[dtype],
+    )
 
 
 def test_equals_torchvision_s_with_another_norm() -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-from against import agree, on_meta, parameters, shapes
+from against import DRAWS, agree, on_meta, parameters, shapes
 from torch import nn
 
 from bnkit import models
@@ -56,7 +56,13 @@ def test_senet154_s_stem_and_blocks_equal_timm_s() -> None:
 def test_deeper_ones_equal_timm_s(name: str, dtype: torch.dtype, tolerance: float) -> None:
     theirs = on_meta(lambda: timm.create_model(name))
     options = {"dropout": 0.0} if name == "senet154" else {}
-    agree(on_meta(lambda: models.create(name, **options)), theirs, torch.randn(4, 3, 96, 96, dtype=dtype), tolerance)
+    agree(
+        on_meta(lambda: models.create(name, **options)),
+        theirs,
+        torch.randn(4, 3, 96, 96, dtype=dtype),
+        tolerance,
+        draw=DRAWS[dtype],
+    )
 
 
 @pytest.mark.parametrize(
