@@ -11,6 +11,7 @@ import csv
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from bnkit.experiments._corruptions_page import figure
 from bnkit.experiments.corruptions import Corruptions, CorruptionsConfig, Measured
@@ -22,7 +23,9 @@ ROOT = Path(__file__).parents[1]
 def main(path: str) -> None:
     """Read `run.json` and write both files."""
     found = json.loads(Path(path).read_text(encoding="utf-8"))
-    config = {key: tuple(value) if isinstance(value, list) else value for key, value in found["config"].items()}
+    config: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in found["config"].items()
+    }
     measured = [Measured(**row) for row in found["measured"]]
     save_svg(
         figure(Corruptions(CorruptionsConfig(**config), found["whole_set"], measured)), ROOT / "docs/corruptions.svg"
