@@ -31,6 +31,7 @@ EXPERIMENTS: Mapping[str, tuple[str, str]] = {
         "corruptions",
         "Adapting to corrupted images by statistics alone (Schneider et al. 2020); needs --data and --weights.",
     ),
+    "insertion": ("insertion", "Batch norm inserted into a trained VGG-11, then higher rates; needs --data."),
     "fine-tuning": ("fine_tuning", "Frozen statistics in small batches (He et al. 2015)."),
 }
 """By name: the module of `bnkit.experiments`, with a function of its name and a `page_of`, and what it is about.

@@ -77,6 +77,8 @@ def site_of(module: nn.Module, name: str, facts: Record, *, last_too: bool) -> S
     calls = facts.calls_of(module)
     if not calls:
         raise Refused("it did not run on the example")
+    if any(call.parent is not None and isinstance(call.parent.module, nn.TransformerEncoderLayer) for call in calls):
+        raise Refused("TransformerEncoderLayer reads its weight in eval mode without running it")
     operators = [op for op in facts.operators if op.call is not None and op.call.module is module and is_weighted(op)]
     outputs = {value for call in calls for value in call.outputs}
     if len(operators) != len(calls) or outputs != {value for op in operators for value in op.outputs}:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -38,7 +39,8 @@ class Surgery:
 
         Surviving parameters keep their group and their state (momentum buffers, moments, step counts). Dropped ones
         leave the optimizer. New ones that need a gradient join the group of the parameter before them in
-        `model.parameters()` that the optimizer knows, with no state yet. Parameters of other models stay.
+        `model.parameters()` that the optimizer knows, with no state yet (in fused SGD with momenta of zero). Parameters
+        of other models stay.
 
         Raises:
             UserError: the optimizer holds none of the original model's parameters.
@@ -69,6 +71,7 @@ class Surgery:
                 waiting.append(parameter)
             if group is not None:
                 group["params"] += waiting
+                _start_momentum(optimizer, group, waiting)
                 waiting = []
 
     def __repr__(self) -> str:
@@ -80,6 +83,14 @@ class Surgery:
             lines += [f"  {title}"] * bool(rows)
             lines += [f"    {name:{width}}  {text}" for name, text in rows]
         return "\n".join(lines)
+
+
+def _start_momentum(optimizer: Optimizer, group: Mapping[str, Any], new: list[nn.Parameter]) -> None:
+    """Fused SGD takes momenta of all parameters of a group or of none: where there are some, give new ones zeros."""
+    if not group.get("fused") or not any("momentum_buffer" in optimizer.state.get(p, ()) for p in group["params"]):
+        return
+    for parameter in new:
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def _check_knows(optimizer: Optimizer, heirs: Mapping[Any, nn.Parameter]) -> None:

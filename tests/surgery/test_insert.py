@@ -269,6 +269,31 @@ def test_training_and_optimizer():
     assert float(new[0].bn.num_batches_tracked) == 1
 
 
+def test_fused_sgd_goes_on_with_new_parameters():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(36, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True)
+    data = batches(3, 5, 5, dtype=torch.float32)
+    model(data[0]).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    result = insert(model, data)
+    new = result.rebind(optimizer) and result.model.train()
+    new(data[0]).square().sum().backward()
+    weight, gradient = new[0].bn.weight.detach().clone(), new[0].bn.weight.grad.clone()
+    optimizer.step()
+    torch.testing.assert_close(new[0].bn.weight.detach(), weight - 0.1 * gradient)
+
+
+def test_layers_that_a_transformer_reads_without_running_them_are_left_alone():
+    encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 8), encoder, nn.Linear(8, 3)).eval()
+    data = batches(5, 4, dtype=torch.float32)
+    result = insert(model, data)
+    assert set(result.changed) == {"0"}
+    assert "without running it" in result.skipped["3.linear1"]
+    torch.testing.assert_close(result.model.eval()(data[0]), model(data[0]), rtol=1e-4, atol=1e-5)
+
+
 def test_it_pickles_copies_compiles_and_exports():
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(2), nn.Linear(9, 5), nn.ReLU(), nn.Linear(5, 2)
