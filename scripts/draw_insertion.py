@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from bnkit.experiments._insertion_page import figure
 from bnkit.experiments.insertion import FineTuning, Insertion, InsertionConfig, Training
@@ -21,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 def main(path: str) -> None:
     """Read the file and write the figure."""
     found = json.loads(Path(path).read_text(encoding="utf-8"))
-    config = {key: tuple(value) if isinstance(value, list) else value for key, value in found["config"].items()}
+    config: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in found["config"].items()}
     trainings = [Training(**training) for training in found["trainings"]]
     runs = [FineTuning(**run) for run in found["runs"]]
     result = Insertion(InsertionConfig(**config), trainings, runs, found["max_error"])

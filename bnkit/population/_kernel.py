@@ -8,8 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..moments import Moments
 from ..nn import BatchNorm2d
-from ..ops import cpu
-from ..ops._backend import COMPOSED
+from ..ops import COMPOSED, cpu
 
 _TINY = 1e-30
 _KNOWN = (_BatchNorm.forward, BatchNorm2d.forward)
