@@ -79,9 +79,11 @@ def made(name: str) -> nn.Module:
 def randomized(model: nn.Module) -> nn.Module:
     """The model with random statistics, weights and biases in its batch norms, so that none is an identity."""
     generator = torch.Generator().manual_seed(0)
-    modules: Iterator[Any] = (module for module in model.modules() if _has_statistics(module))
-    for module in modules:
-        _fill(module, torch.zeros_like(module.running_mean), torch.ones_like(module.running_var), generator)
+    for module in model.modules():
+        if not _has_statistics(module):
+            continue
+        mean, var = module.get_buffer("running_mean"), module.get_buffer("running_var")
+        _fill(module, torch.zeros_like(mean), torch.ones_like(var), generator)
         for key, low in (("weight", 0.5), ("bias", 0.5)):
             if (tensor := getattr(module, key, None)) is not None:
                 tensor.copy_(torch.rand(tensor.shape, generator=generator) + low)
