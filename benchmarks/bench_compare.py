@@ -11,6 +11,7 @@ import argparse
 import itertools
 import json
 import sys
+import threading
 from collections.abc import Callable, Iterator
 
 import torch
@@ -21,7 +22,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from bnkit._allocator import tune_allocator
 from bnkit.data import ImageSet, load
-from bnkit.experiments._lockstep import Batches, Task, create_stack
+from bnkit.experiments._lockstep import Task, Training, create_stacks, side_by_side
+from bnkit.experiments._pace import Pace
 from bnkit.experiments._record import Configuration
 from bnkit.report import Table, print_table
 
@@ -56,16 +58,15 @@ def plain(data: ImageSet, norm: bool) -> Callable[[], None]:
     return run
 
 
-def stacked(data: ImageSet) -> Callable[[], None]:
-    """`STEPS` steps of both networks as one stack."""
-    task = Task.of(data, torch.device("cpu"))
-    configurations = [Configuration("none", RATE, STD), Configuration("batch", RATE, STD)]
-    stack = create_stack(configurations, [0], data, task)
-    batches = Batches(task, [0], BATCH)
+def in_lockstep(data: ImageSet) -> Callable[[], None]:
+    """`STEPS` steps of both networks as `bnkit compare` trains them."""
+    task, stop = Task.of(data, torch.device("cpu")), threading.Event()
+    stacks = create_stacks([Configuration("none", RATE, STD), Configuration("batch", RATE, STD)], [0], data, task)
+    trainings = [Training(stack, task, [0], BATCH, Pace(adapt=False), stop) for stack in stacks]
 
     def run() -> None:
-        for _ in range(STEPS):
-            stack.step(*batches.next())
+        with side_by_side(len(stacks)) as on_each:
+            list(on_each(lambda training: training.run(training.done + STEPS), trainings))
 
     return run
 
@@ -78,7 +79,7 @@ def measure(allocator: str, rounds: int) -> list[dict[str, object]]:
     cases = {
         "plain without BN": plain(data, False),
         "plain with BN": plain(data, True),
-        "bnkit compare": stacked(data),
+        "bnkit compare": in_lockstep(data),
     }
     times = take_turns(cases, rounds)
     both = [a + b for a, b in zip(times["plain without BN"], times["plain with BN"], strict=True)]

@@ -11,7 +11,7 @@ import numpy as np
 
 from .._checks import require
 from ..data import ImageSet
-from ._lockstep import Task, create_stack, train_stack
+from ._lockstep import Task, create_stacks, train_stacks
 from ._progress import Progress
 from ._record import Configuration, label_of
 
@@ -75,18 +75,18 @@ def run_grid(
     progress: Progress,
     adapt_threads: bool = False,
 ) -> Grid:
-    """Train every cell for `steps` steps, all of them as one stack, on all but the last training images.
+    """Train every cell for `steps` steps, all of them in lockstep, on all but the last training images.
 
     An interrupt ends it early: the grid then says after how many steps.
     """
     held_out = min(HELD_OUT, len(task.x) // 10)
     require(held_out > 0, f"the grid holds out a tenth of the training images, got {len(task.x)}: leave it out.")
     configurations = [Configuration(norm, rate, std) for norm, std, rate in itertools.product(norms, INIT_STDS, RATES)]
-    stack = create_stack(configurations, [seed], data, task)
+    stacks = create_stacks(configurations, [seed], data, task)
     progress.phase("grid of learning rates and initial scales", steps)
     evaluations = sorted({steps * i // 5 for i in range(1, 6)} - {0})
     how = {"percentiles": False, "adapt_threads": adapt_threads}
-    snapshots = train_stack(stack, task.with_held_out(held_out), [seed], batch_size, evaluations, **how)
+    snapshots = train_stacks(stacks, task.with_held_out(held_out), [seed], batch_size, evaluations, **how)
     nothing = np.full((len(norms), len(INIT_STDS), len(RATES)), np.nan)
     grid = Grid(norms, RATES, INIT_STDS, nothing, 0, steps, held_out)
     try:

@@ -1,8 +1,16 @@
-"""Train a stack of small networks on one data set, evaluating as it goes."""
+"""Train stacks of small networks side by side on one data set, evaluating as it goes.
+
+The matrices are too small for several threads to share one of them: they would wait for each other at every operator.
+So the networks are split into as many stacks as there are threads, and each stack runs on a thread of its own.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import contextlib
+import itertools
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,6 +74,19 @@ def evaluation_steps(steps: int, count: int = 200) -> list[int]:
     return sorted({round(step) for step in (*even, *early)})
 
 
+def create_stacks(
+    configurations: Sequence[Configuration], seeds: Sequence[int], data: ImageSet, task: Task
+) -> list[StackedMLP]:
+    """The configurations in order, in as many stacks as there are threads, each of two networks at least.
+
+    For less, the threads would wait more for Python's lock than for one another. Off the CPU there is one stack.
+    """
+    most = torch.get_num_threads() if task.x.device.type == "cpu" else 1
+    count = max(1, min(most, len(configurations), len(configurations) * len(seeds) // 2))
+    bounds = [len(configurations) * i // count for i in range(count + 1)]
+    return [create_stack(configurations[a:b], seeds, data, task) for a, b in itertools.pairwise(bounds)]
+
+
 def create_stack(
     configurations: Sequence[Configuration], seeds: Sequence[int], data: ImageSet, task: Task
 ) -> StackedMLP:
@@ -113,8 +134,42 @@ class Batches:
         return zip(x.view(*shape, x.shape[1]).unbind(), target.view(*shape, target.shape[1]).unbind(), strict=True)
 
 
-def train_stack(
-    stack: StackedMLP,
+class Training:
+    """A stack on its way.
+
+    Args:
+        seeds: of the order of the batches.
+        pace: decides about threads.
+        stop: once set, no further step is begun.
+    """
+
+    def __init__(
+        self, stack: StackedMLP, task: Task, seeds: Sequence[int], batch_size: int, pace: Pace, stop: threading.Event
+    ) -> None:
+        self.stack, self.task, self.pace, self.stop = stack, task, pace, stop
+        self.batches = Batches(task, seeds, batch_size)
+        self.diverged = np.zeros(stack.shape, dtype=np.int64)
+        self.done = 0
+
+    def run(self, goal: int) -> None:
+        """Train until `goal` steps are done."""
+        # A NaN in the loss stays in the output's bias, so one copy of it a step tells afterwards when it came.
+        trace = self.stack.bias.new_zeros(goal - self.done, len(self.stack.bias))
+        for row in trace:
+            if self.stop.is_set():
+                return
+            self.pace.run(lambda: self.stack.step(*self.batches.next()))
+            row.copy_(self.stack.bias[:, 0])
+        _note_divergence(self.diverged, trace, self.done)
+        self.done = goal
+
+    def snapshot(self, percentiles: bool = True) -> Snapshot:
+        """How the networks do now."""
+        return _snapshot(self.stack, self.task, self.done, self.diverged.copy(), percentiles)
+
+
+def train_stacks(
+    stacks: Sequence[StackedMLP],
     task: Task,
     seeds: Sequence[int],
     batch_size: int,
@@ -123,25 +178,52 @@ def train_stack(
     percentiles: bool = True,
     adapt_threads: bool = False,
 ) -> Iterator[Snapshot]:
-    """Train to the last of `steps`, yielding a snapshot at each of them.
+    """Train to the last of `steps`, yielding a snapshot of all stacks' networks at each of them.
 
     Args:
         percentiles: whether snapshots have them.
-        adapt_threads: run on one thread where that is faster than on all, see `Pace`.
+        adapt_threads: run a single stack on one thread where that is faster than on all, see `Pace`.
     """
-    batches = Batches(task, seeds, batch_size)
-    diverged = np.zeros(stack.shape, dtype=np.int64)
-    done = 0
-    with Pace(adapt=adapt_threads and task.x.device.type == "cpu") as pace:
-        for goal in steps:
-            # A NaN in the loss stays in the output's bias, so one copy of it a step tells afterwards when it came.
-            trace = stack.bias.new_zeros(goal - done, len(stack.bias))
-            for row in trace:
-                pace.run(lambda: stack.step(*batches.next()))
-                row.copy_(stack.bias[:, 0])
-            _note_divergence(diverged, trace, done)
-            done = goal
-            yield _snapshot(stack, task, done, diverged.copy(), percentiles)
+    adapt = adapt_threads and len(stacks) == 1 and task.x.device.type == "cpu"
+    stop = threading.Event()
+    with Pace(adapt) as pace, side_by_side(len(stacks)) as on_each:
+        trainings = [Training(stack, task, seeds, batch_size, pace, stop) for stack in stacks]
+
+        def advance(training: Training, goal: int) -> Snapshot:
+            try:
+                training.run(goal)
+                return training.snapshot(percentiles)
+            except BaseException:
+                stop.set()
+                raise
+
+        try:
+            for goal in steps:
+                yield _merged(on_each(advance, trainings, itertools.repeat(goal)))
+        finally:
+            stop.set()
+
+
+@contextlib.contextmanager
+def side_by_side(count: int) -> Iterator[Callable[..., Iterable]]:
+    """A `map` that calls its function on `count` threads at once; each runs its operators without further ones."""
+    if count == 1:
+        yield map
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(count) as pool:
+            yield pool.map
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _merged(snapshots: Iterable[Snapshot]) -> Snapshot:
+    """One snapshot of all configurations."""
+    parts = list(snapshots)
+    names = ("accuracy", "loss", "percentiles", "diverged")
+    return Snapshot(parts[0].step, *(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
 
 def _note_divergence(diverged: np.ndarray, trace: Tensor, done: int) -> None:

@@ -22,7 +22,7 @@ from .._environment import describe_machine
 from ..data import ImageSet, load
 from ..train import FitConfig
 from ._grid import Grid, run_grid
-from ._lockstep import Task, create_stack, evaluation_steps, step_seconds, train_stack
+from ._lockstep import Task, create_stack, create_stacks, evaluation_steps, step_seconds, train_stacks
 from ._progress import Progress, Silent
 from ._record import Configuration, NetRecord, label_of
 from ._separate import train_separately
@@ -48,7 +48,8 @@ class CompareConfig:
         grid_steps: mini-batches each cell of the grid sees.
         evaluations: evaluations on the test images, at least.
         image_size: side to which the images of a folder are resized; None for the data's own.
-        threads: CPU threads; by default PyTorch's, or one where the stack measures that to be faster.
+        threads: CPU threads, among which networks in lockstep are shared out; by default PyTorch's, or for a
+            single pair of networks one where that is measured to be faster.
         device: `"cpu"`, `"cuda"`, or `"auto"`.
         devices: processes that share each batch, started by torchrun; networks that train as one stack use one.
         data_dir, download, skip_corrupt: see `bnkit.data.load`.
@@ -202,7 +203,7 @@ def _records(config: CompareConfig, configurations: Iterable[Configuration], suf
 
 
 def _run_stacked(result: Comparison, data: ImageSet, device: torch.device, progress: Progress) -> None:
-    """All networks as one stack, after the grid that finds each one's own best."""
+    """All networks in lockstep, after the grid that finds each one's own best."""
     config = result.config
     task, adapt = Task.of(data, device), config.threads is None
     # The stack wants the networks without a norm first; the tables follow.
@@ -217,10 +218,10 @@ def _run_stacked(result: Comparison, data: ImageSet, device: torch.device, progr
     records = sorted(result.records, key=lambda record: record.configuration.norm != "none")
     try:
         seconds = {norm: _solo_step_seconds(norm, data, task, config) for norm in norms}
-        stack = create_stack([record.configuration for record in records], records[0].seeds, data, task)
+        stacks = create_stacks([record.configuration for record in records], records[0].seeds, data, task)
         steps = evaluation_steps(config.steps, config.evaluations)
         progress.phase("training", config.steps)
-        snapshots = train_stack(stack, task, records[0].seeds, config.batch_size, steps, adapt_threads=adapt)
+        snapshots = train_stacks(stacks, task, records[0].seeds, config.batch_size, steps, adapt_threads=adapt)
         for snapshot in snapshots:
             for i, record in enumerate(records):
                 record.add_snapshot(snapshot, i, seconds[record.configuration.norm])

@@ -4,7 +4,14 @@ import torch
 from torch import nn
 
 from bnkit.data import BatchOrder, ImageSet
-from bnkit.experiments._lockstep import Task, create_stack, evaluation_steps, step_seconds, train_stack
+from bnkit.experiments._lockstep import (
+    Task,
+    create_stack,
+    create_stacks,
+    evaluation_steps,
+    step_seconds,
+    train_stacks,
+)
 from bnkit.experiments._record import Configuration
 
 CPU = torch.device("cpu")
@@ -48,7 +55,7 @@ def test_trains_what_the_ordinary_loop_trains(data):
                 optimizer.zero_grad()
                 nn.functional.cross_entropy(net(data.train_images[rows] / 255), task.y[rows]).backward()
                 optimizer.step()
-    last = list(train_stack(stack, task, [0, 5], 20, [0, 30]))[-1]
+    last = list(train_stacks([stack], task, [0, 5], 20, [0, 30]))[-1]
     for k, row in enumerate(expected):
         for s, net in enumerate(row):
             logits = net.eval()(data.test_images / 255)
@@ -68,7 +75,7 @@ def test_one_seed_gives_every_configuration_the_same_weights_but_for_scale(data)
 def test_percentiles_are_of_the_last_sigmoids_inputs(data):
     task = Task.of(data, CPU)
     stack = create_stack([Configuration("batch", 0.5, 0.3)], [0], data, task)
-    last = list(train_stack(stack, task, [0], 20, [10]))[-1]
+    last = list(train_stacks([stack], task, [0], 20, [10]))[-1]
     _, z = stack.evaluate(task.test_x.float())
     want = np.quantile(z[:, 0, 0].numpy(), [0.15, 0.5, 0.85], axis=0, method="nearest").T
     assert last.percentiles.shape == (1, 100, 3)
@@ -86,10 +93,57 @@ def test_divergence_is_dated_to_the_step(data):
         rows = next(order)
         first.step(task.x[rows][None].float(), task.one_hot[rows][None])
         steps_alive += 1
-    last = list(train_stack(stack, task, [0], 20, [0, 5, 40]))[-1]
+    last = list(train_stacks([stack], task, [0], 20, [0, 5, 40]))[-1]
     assert last.diverged.tolist() == [[0], [steps_alive]]
     assert np.isnan(last.accuracy[1, 0])
     assert np.isfinite(last.accuracy[0, 0])
+
+
+@pytest.fixture
+def three_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_stacks_side_by_side_train_what_one_stack_trains(data, three_threads):
+    """Divergence, which is one network's, included; and PyTorch's threads are put back."""
+    kinds = [("none", 0.5, 0.3), ("none", 1e38, 0.1), ("batch", 0.5, 0.3), ("batch", 1.0, 0.1), ("batch", 0.1, 0.2)]
+    configurations = [Configuration(*kind) for kind in kinds]
+    task = Task.of(data, CPU)
+    one, several = [create_stack(configurations, [3], data, task)], create_stacks(configurations, [3], data, task)
+    assert [stack.shape for stack in several] == [(2, 1), (3, 1)]
+    expected, found = (list(train_stacks(stacks, task, [3], 20, [0, 10, 25])) for stacks in (one, several))
+    assert torch.get_num_threads() == 3
+    for want, got in zip(expected, found, strict=True):
+        assert got.step == want.step
+        np.testing.assert_array_equal(got.diverged, want.diverged)
+        np.testing.assert_allclose(got.loss, want.loss, rtol=1e-4)
+        np.testing.assert_allclose(got.percentiles, want.percentiles, rtol=1e-3, atol=1e-4)
+    assert found[-1].diverged[1, 0] > 0
+    assert np.isfinite(found[-1].loss[[0, 2, 3, 4]]).all()
+
+
+def test_an_interrupt_ends_all_stacks(data, three_threads):
+    """No thread goes on, and none is waited for until it has trained to the end."""
+    configurations = [Configuration("none", 0.1, 0.1), Configuration("batch", 0.1, 0.1)]
+    task = Task.of(data, CPU)
+    stacks = create_stacks(configurations, [0, 1], data, task)
+    assert len(stacks) == 2
+    step, calls = stacks[1].step, []
+
+    def interrupted(x, target):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        step(x, target)
+
+    stacks[1].step = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        list(train_stacks(stacks, task, [0, 1], 20, [10**6]))
+    assert len(calls) == 5
+    assert torch.get_num_threads() == 3
 
 
 def test_held_out_images_neither_train_nor_come_from_the_test(data):
