@@ -20,6 +20,7 @@ RANKS = {
     "_environment": 0,
     "_files": 0,
     "_modes": 0,
+    "_processes": 0,
     "_weights": 0,
     "moments": 0,
     "ops": 1,

@@ -37,7 +37,7 @@ def load_model(name: str, options: Iterable[str] | None = None, weights: Path | 
     """
     library, _, model_name = name.rpartition(":")
     factory = _FACTORIES.get(library or "bnkit")
-    arguments = dict(_option(text) for text in options or ())
+    arguments = dict(map(name_and_value, options or ()))
     if factory is not None:
         model = factory(model_name, arguments)
     elif library.endswith(".py"):
@@ -49,9 +49,13 @@ def load_model(name: str, options: Iterable[str] | None = None, weights: Path | 
     return model
 
 
-def _option(text: str) -> tuple[str, Any]:
+def name_and_value(text: str, what: str = "an option", example: str = "num_classes=10") -> tuple[str, Any]:
+    """The two sides of `"name=value"`, the value as a Python literal or else a string.
+
+    `what` and `example` are for the error of a text without them.
+    """
     name, separator, value = text.partition("=")
-    require(bool(separator and name), f"an option is NAME=VALUE, got {text!r}: write it like num_classes=10.")
+    require(bool(separator and name), f"{what} is NAME=VALUE, got {text!r}: write it like {example}.")
     try:
         return name, ast.literal_eval(value)
     except (ValueError, SyntaxError):

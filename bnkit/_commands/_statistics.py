@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from .._checks import require, unknown
+from .._processes import rank, world_size
 from .._weights import load_weights, save_weights
 from ._data import load_data
 from ._runs import build_model
@@ -32,7 +33,6 @@ NumBatches = Annotated[int | None, typer.Option("--batches", help="How many batc
 SkipNonfinite = Annotated[bool, typer.Option("--skip-nonfinite", help="Leave out batches with NaN or infinity.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
-_NORMALIZATIONS = {"imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), "unit": ((0.0,), (1.0,))}
 Measure = Callable[["nn.Module", "Images"], "Recalibration"]
 
 
@@ -40,8 +40,7 @@ class Images:
     """This process's share of an image set, in normalized batches; can be gone through again and again."""
 
     def __init__(self, images: Tensor, mean: Tensor, std: Tensor, batch_size: int) -> None:
-        rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        self._parts = images.split(batch_size)[rank::world]
+        self._parts = images.split(batch_size)[rank() :: world_size()]
         self._mean, self._std = (255 * moment.view(1, -1, 1, 1) for moment in (mean, std))
 
     def __len__(self) -> int:
@@ -69,7 +68,7 @@ def run(
 
     require(split in ("train", "test"), f"--split must be train or test, got {split}.")
     require(batch_size >= 1, f"--batch-size must be at least 1, got {batch_size}: 128 is usual.")
-    first = os.environ.get("RANK", "0") == "0"
+    first = rank() == 0
     if first:
         check_writable(out.parent)
     console = Console(stderr=as_json, quiet=not first)
@@ -88,11 +87,14 @@ def run(
 def _moments(images: ImageSet, normalize: str) -> tuple[Tensor, Tensor]:
     import torch
 
+    from ..data import IMAGENET_MEAN, IMAGENET_STD
+
+    fixed = {"imagenet": (IMAGENET_MEAN, IMAGENET_STD), "unit": ((0.0,), (1.0,))}
     if normalize == "channel":
         return images.mean, torch.where(images.std > 0, images.std, 1.0)
-    if normalize not in _NORMALIZATIONS:
-        raise unknown("normalization", normalize, ("channel", *_NORMALIZATIONS))
-    mean, std = _NORMALIZATIONS[normalize]
+    if normalize not in fixed:
+        raise unknown("normalization", normalize, ("channel", *fixed))
+    mean, std = fixed[normalize]
     require(normalize == "unit" or images.shape[0] == 3, f"--normalize {normalize} is for 3 channels: use channel.")
     return torch.tensor(mean), torch.tensor(std)
 
@@ -111,7 +113,7 @@ def _processes(device: str) -> Iterator[str]:
     """This process's device; the others that torchrun started join in."""
     import torch.distributed as dist
 
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if world_size() == 1:
         yield device
         return
     dist.init_process_group("nccl" if device == "cuda" else "gloo")

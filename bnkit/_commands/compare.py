@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json as json_module
-import os
 import shlex
 import sys
 import time
@@ -12,6 +11,8 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+
+from .._processes import rank, world_size
 
 
 def compare(
@@ -56,7 +57,7 @@ def compare(
         image_size=image_size,
         threads=threads,
         device=device,
-        devices=int(os.environ.get("WORLD_SIZE", "1")),
+        devices=world_size(),
         data_dir=data_dir,
         download=download,
         skip_corrupt=skip_corrupt,
@@ -69,7 +70,7 @@ def _compare(config: Any, out: Path, as_json: bool) -> None:
     from .._files import check_writable
     from ..report import LiveProgress, print_page
 
-    first = os.environ.get("RANK", "0") == "0"
+    first = rank() == 0
     if first:
         check_writable(out)
     elif config.stacked:

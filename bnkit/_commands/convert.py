@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import ast
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from .._checks import require
-from ._models import ModelName, ModelOptions, load_model
+from ._models import ModelName, ModelOptions, load_model, name_and_value
 from ._surgery import Checkpoint, Json, Where, finish
 
 
@@ -30,15 +28,6 @@ def convert(
     """Make another kind of norm of a model's batch norms, and report which layers change."""
     from .. import surgery
 
-    options = dict(map(_norm_option, norm_option or ()))
+    options = dict(name_and_value(text, "--norm-option", "ghost_size=16") for text in norm_option or ())
     result = surgery.convert(load_model(model, option, checkpoint), to, where or None, inplace=True, **options)
     finish(result, out, json)
-
-
-def _norm_option(text: str) -> tuple[str, Any]:
-    name, separator, value = text.partition("=")
-    require(bool(name and separator), f"--norm-option is NAME=VALUE, got {text!r}: write it like ghost_size=16.")
-    try:
-        return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return name, value

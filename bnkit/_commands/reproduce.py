@@ -6,7 +6,6 @@ import dataclasses
 import importlib
 import inspect
 import json as json_module
-import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping
@@ -17,6 +16,7 @@ import typer
 from rich.console import Console
 
 from .._checks import require, unknown
+from .._processes import rank
 
 EXPERIMENTS: Mapping[str, tuple[str, str]] = {
     "small-batches": (
@@ -88,7 +88,7 @@ def _run(
     from .._files import check_writable
     from ..report import LiveProgress, print_page
 
-    first = os.environ.get("RANK", "0") == "0"
+    first = rank() == 0
     if first and out is not None:
         check_writable(out)
     torch.set_num_threads(threads)

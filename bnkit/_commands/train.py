@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json as json_module
-import os
 import shlex
 import sys
 import time
@@ -16,6 +15,7 @@ from rich.console import Console
 
 from .._checks import require
 from .._files import check_writable, write_text
+from .._processes import rank, world_size
 from .._weights import load_weights, save_weights
 from ._data import DataDir, DataName, Download, ImageSize, SkipCorrupt, is_folder, load_for_training
 from ._models import MODEL_HELP, ModelOptions
@@ -172,7 +172,7 @@ def _configure(given: dict[str, Any], images: ImageSet | Photographs) -> FitConf
         steps=steps,
         warmup_steps=round(warmup * steps),
         eval_every=max(1, -(-steps // evaluations)),
-        devices=int(os.environ.get("WORLD_SIZE", "1")),
+        devices=world_size(),
         channels_last=not given["contiguous"],
         **settings,
     )
@@ -200,7 +200,7 @@ def _run(
 
     from ..report import LiveProgress, print_page
 
-    first = int(os.environ.get("RANK", "0")) == 0
+    first = rank() == 0
     if first:
         check_writable(out)
     torch.manual_seed(config.seed)

@@ -2,11 +2,14 @@
 
 from ._augment import Augmentation
 from ._image_set import ImageSet
+from ._imagenet import IMAGENET_MEAN, IMAGENET_STD
 from ._load import load, names
 from ._order import SHUFFLES, BatchOrder
 from ._photographs import Example, Examples, Photographs, photographs, usual_side
 
 __all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
     "SHUFFLES",
     "Augmentation",
     "BatchOrder",

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..data import ImageSet
 from ..report import Page
 from ._progress import Progress
-from ._trials import Outcome, Trial, accuracy_table, best_of, is_better
+from ._trials import Trial, accuracy_table, best_of, relation
 
 Batch = tuple[tuple[Any, ...], Tensor]
 """The model's arguments, and the labels."""
@@ -25,10 +26,11 @@ def run_trials(
     seeds: int,
     trial: Callable[[str, float, int], Trial],
     progress: Progress,
+    what: str = "runs",
 ) -> list[Trial]:
-    """Every arm with every rate and seed."""
+    """Every arm with every rate and seed; the progress display calls them `what`."""
     runs = [(arm, rate, seed) for arm in arms for rate in rates for seed in range(seeds)]
-    progress.phase(f"{len(runs)} runs", len(runs))
+    progress.phase(f"{len(runs)} {what}", len(runs))
     trials: list[Trial] = []
     for arm, rate, seed in runs:
         trials.append(trial(arm, rate, seed))
@@ -50,6 +52,11 @@ def train(model: nn.Module, batches: Iterator[Batch], steps: int, rate: float) -
         losses.append(loss.detach())
     last = torch.stack(losses[-max(steps // 10, 1) :])
     return last.mean().item(), time.perf_counter() - started
+
+
+def parts_for_testing(images: ImageSet, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The first `count` test images and their labels, 500 at a time."""
+    return zip(*(of_all[:count].split(500) for of_all in (images.test_images, images.test_labels)), strict=True)
 
 
 @torch.inference_mode()
@@ -78,10 +85,4 @@ def sentences(trials: Sequence[Trial], baseline: str) -> list[str]:
     base = best_of(trials, baseline)
     others = [best_of(trials, arm) for arm in dict.fromkeys(trial.arm for trial in trials) if arm != baseline]
     first = f"With {baseline}: {base} (rate {base.rate:g})."
-    return [first, *(f"With {other.arm}: {other} (rate {other.rate:g}), {_relation(other, base)}." for other in others)]
-
-
-def _relation(other: Outcome, base: Outcome) -> str:
-    if is_better(other, base):
-        return "higher"
-    return "lower" if is_better(base, other) else "no different beyond the noise"
+    return [first, *(f"With {other.arm}: {other} (rate {other.rate:g}), {relation(other, base)}." for other in others)]

@@ -24,6 +24,7 @@ from .. import data as image_sets
 from .. import models
 from .._checks import require
 from .._weights import load_weights
+from ..data import IMAGENET_MEAN, IMAGENET_STD
 from ..population import adapt
 from ._corrupt import STRENGTHS, corrupted
 from ._corruptions_page import page_of
@@ -36,7 +37,6 @@ WEIGHTS = {"resnet20": "resnet20-12fca82f.th", "resnet32": "resnet32-d509ac18.th
 """The models and the names under which their weights are published."""
 
 _BATCH = 125
-_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def corruptions(
@@ -108,7 +108,7 @@ def _shuffled(count: int, seed: int) -> Tensor:
 
 
 def _normalized(pixels: Tensor) -> Tensor:
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in _IMAGENET)
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     return ((pixels - mean) / std).contiguous(memory_format=torch.channels_last)
 
 

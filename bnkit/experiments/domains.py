@@ -20,7 +20,7 @@ from ..data import BatchOrder
 from ..nn import BatchNorm2d, DomainBatchNorm, use_domain
 from ..report import Page
 from ._progress import Progress, Silent
-from ._small_runs import Batch, accuracy, page, run_trials, train
+from ._small_runs import Batch, accuracy, page, parts_for_testing, run_trials, train
 from ._trials import Trial
 from .small_batches import small_network
 
@@ -101,9 +101,7 @@ def _training(digits: data.ImageSet, size: int, seed: int) -> Iterator[Batch]:
 
 def _test(digits: data.ImageSet, count: int) -> Iterable[Batch]:
     for domain in DOMAINS:
-        for images, labels in zip(
-            *(part[:count].split(500) for part in (digits.test_images, digits.test_labels)), strict=True
-        ):
+        for images, labels in parts_for_testing(digits, count):
             yield (_images(images, domain), domain), labels
 
 

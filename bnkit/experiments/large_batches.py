@@ -19,7 +19,8 @@ from ..nn import BatchNorm2d, GhostBatchNorm
 from ..report import Page
 from ..train import FitConfig
 from ._progress import Progress, Silent
-from ._trials import Outcome, Trial, accuracy_table, best_of, is_better
+from ._small_runs import run_trials
+from ._trials import Outcome, Trial, accuracy_table, best_of, is_better, relation
 from .small_batches import train_once
 
 CLAIM = (
@@ -60,21 +61,19 @@ class LargeBatches:
 
 def large_batches(config: LargeBatchesConfig | None = None, *, progress: Progress | None = None) -> LargeBatches:
     """Train a small convolutional network on a part of the bundled digits in each way: see the module's claim."""
-    config, progress = config or LargeBatchesConfig(), progress or Silent()
-    digits, trials = data.load("digits"), []
+    config, digits = config or LargeBatchesConfig(), data.load("digits")
     part = dataclasses.replace(
         digits, train_images=digits.train_images[: config.images], train_labels=digits.train_labels[: config.images]
     )
     arms = _arms(config)
-    runs = [(name, rate, seed) for name in arms for rate in config.rates for seed in range(config.seeds)]
-    progress.phase(f"{len(runs)} runs", len(runs))
-    for done, (name, rate, seed) in enumerate(runs, 1):
-        norm, batch_size = arms[name]
+
+    def trial(arm: str, rate: float, seed: int) -> Trial:
+        norm, batch_size = arms[arm]
         steps = config.epochs * config.images // batch_size
         fit_config = FitConfig(steps, batch_size, rate, momentum=0.9, seed=seed, eval_every=steps, device="cpu")
-        trials.append(train_once(name, norm, part, fit_config))
-        progress.update(done, {trial.arm: trial.accuracy for trial in trials})
-    return LargeBatches(config, trials)
+        return train_once(arm, norm, part, fit_config)
+
+    return LargeBatches(config, run_trials(arms, config.rates, config.seeds, trial, progress or Silent()))
 
 
 def _arms(config: LargeBatchesConfig) -> dict[str, tuple[Callable[[int], nn.Module], int]]:
@@ -111,11 +110,5 @@ def summary(result: LargeBatches) -> list[str]:
 
 
 def _verdict(ghosts: Outcome, large: Outcome) -> str:
-    relation = "no different beyond the noise"
-    if is_better(ghosts, large):
-        relation = "higher"
-    elif is_better(large, ghosts):
-        relation = "lower"
-    return (
-        f"The large batch in {ghosts.arm.removeprefix('large, ')} reaches {ghosts} (rate {ghosts.rate:g}): {relation}."
-    )
+    name = ghosts.arm.removeprefix("large, ")
+    return f"The large batch in {name} reaches {ghosts} (rate {ghosts.rate:g}): {relation(ghosts, large)}."

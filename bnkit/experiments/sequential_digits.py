@@ -20,7 +20,8 @@ from ..data import BatchOrder
 from ..nn import BNLSTM
 from ..report import Page
 from ._progress import Progress, Silent
-from ._trials import Trial, accuracy_table, best_of, is_better
+from ._small_runs import accuracy, parts_for_testing
+from ._trials import Trial, accuracy_table, best_of, relation
 
 CLAIM = (
     "An LSTM with batch normalization in its recurrence learns to tell digits read pixel by pixel in fewer updates "
@@ -121,23 +122,13 @@ def _run(
         report(step + 1)
     seconds = time.perf_counter() - started
     last = losses[-max(config.steps // 10, 1) :]
-    return Trial(arm, rate, seed, sum(last) / len(last), _accuracy(model, digits, config), seconds)
+    test = (((_sequences(images, config),), labels) for images, labels in parts_for_testing(digits, config.test_images))
+    return Trial(arm, rate, seed, sum(last) / len(last), accuracy(model, test), seconds)
 
 
 def _sequences(images: Tensor, config: SequentialDigitsConfig) -> Tensor:
     """(N, 1, 28, 28) bytes to (N, T, pixels), row by row, in [0, 1]."""
     return images.flatten(1).float().div(255).unflatten(1, (-1, config.pixels))
-
-
-@torch.no_grad()
-def _accuracy(model: nn.Module, digits: data.ImageSet, config: SequentialDigitsConfig) -> float:
-    model.eval()
-    images, labels = digits.test_images[: config.test_images], digits.test_labels[: config.test_images]
-    right = [
-        (model(_sequences(part, config)).argmax(1) == truth).sum().item()
-        for part, truth in zip(images.split(500), labels.split(500), strict=True)
-    ]
-    return sum(right) / len(labels)
 
 
 def page_of(result: SequentialDigits, command: str = "") -> Page:
@@ -157,10 +148,9 @@ def page_of(result: SequentialDigits, command: str = "") -> Page:
 def summary(result: SequentialDigits) -> list[str]:
     """The answer in sentences, each network at its best rate."""
     plain, normalized = (best_of(result.trials, arm) for arm in ("LSTM", "BNLSTM"))
-    relation = "higher" if is_better(normalized, plain) else "lower" if is_better(plain, normalized) else "no different"
     return [
         f"After {result.config.steps:,} updates the batch-normalized LSTM reaches {normalized} and the plain one "
-        f"{plain}: {relation}.",
+        f"{plain}: {relation(normalized, plain, 'no different')}.",
         f"Their training losses are {normalized.train_loss:.3f} and {plain.train_loss:.3f}. An update takes the first "
         f"{normalized.seconds / plain.seconds:.1f} times as long: PyTorch's LSTM is one fused call.",
     ]

@@ -10,7 +10,6 @@ Ioffe, "Batch Renormalization", 2017, https://arxiv.org/abs/1702.03275, section 
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -18,10 +17,12 @@ import torch
 from torch import nn
 
 from .. import data
+from .._processes import world_size
 from ..nn import BatchNorm2d, BatchRenorm, SyncBatchNorm
 from ..report import Page
 from ..train import Diverged, FitConfig, fit
 from ._progress import Progress, Silent
+from ._small_runs import run_trials
 from ._trials import Outcome, Trial, accuracy_table, best_of, is_better
 
 CLAIM = (
@@ -48,7 +49,7 @@ class SmallBatchesConfig:
     rates: tuple[float, ...] = (0.005, 0.02)
     seeds: int = 3
     test_images: int = 2000
-    processes: int = field(default_factory=lambda: int(os.environ.get("WORLD_SIZE", "1")))
+    processes: int = field(default_factory=world_size)
 
 
 @dataclass(frozen=True)
@@ -61,17 +62,15 @@ class SmallBatches:
 
 def small_batches(config: SmallBatchesConfig | None = None, *, progress: Progress | None = None) -> SmallBatches:
     """Train a small convolutional network on the bundled digits with each norm: see the module's claim."""
-    config, progress = config or SmallBatchesConfig(), progress or Silent()
-    digits, trials = data.load("digits"), []
+    config, digits = config or SmallBatchesConfig(), data.load("digits")
     digits = dataclasses.replace(
         digits,
         test_images=digits.test_images[: config.test_images],
         test_labels=digits.test_labels[: config.test_images],
     )
     norms = _norms(config)
-    runs = [(name, rate, seed) for name in norms for rate in config.rates for seed in range(config.seeds)]
-    progress.phase(f"{len(runs)} runs with batches of {config.batch_size}", len(runs))
-    for done, (name, rate, seed) in enumerate(runs, 1):
+
+    def trial(arm: str, rate: float, seed: int) -> Trial:
         fit_config = FitConfig(
             config.steps,
             config.batch_size * config.processes,
@@ -82,9 +81,10 @@ def small_batches(config: SmallBatchesConfig | None = None, *, progress: Progres
             device="cpu",
             devices=config.processes,
         )
-        trials.append(train_once(name, norms[name], digits, fit_config))
-        progress.update(done, {trial.arm: trial.accuracy for trial in trials})
-    return SmallBatches(config, trials)
+        return train_once(arm, norms[arm], digits, fit_config)
+
+    what = f"runs with batches of {config.batch_size}"
+    return SmallBatches(config, run_trials(norms, config.rates, config.seeds, trial, progress or Silent(), what))
 
 
 def train_once(arm: str, norm: Callable[[int], nn.Module], images: data.ImageSet, config: FitConfig) -> Trial:

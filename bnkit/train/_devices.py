@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .._checks import require
+from .._processes import world_size
 from ._config import FitConfig
 
 if TYPE_CHECKING:
@@ -100,8 +100,8 @@ def _through_fabric(model: nn.Module, config: FitConfig, device: torch.device, d
     from lightning_fabric import Fabric
 
     require(
-        config.devices == 1 or int(os.environ.get("WORLD_SIZE", "1")) == config.devices,
-        f"devices={config.devices} needs as many processes, got {os.environ.get('WORLD_SIZE', '1')}: "
+        config.devices == 1 or world_size() == config.devices,
+        f"devices={config.devices} needs as many processes, got {world_size()}: "
         f"start the program with torchrun --nproc-per-node {config.devices}.",
     )
     fabric: Fabric = Fabric(

@@ -6,12 +6,9 @@ import torch
 from torch import Tensor
 
 from .._checks import require
-from ..data import ImageSet, Photographs
+from ..data import IMAGENET_MEAN, IMAGENET_STD, ImageSet, Photographs
 from ._config import FitConfig
 from ._devices import Devices
-
-_IMAGENET_MEAN = (0.485, 0.456, 0.406)
-_IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class Normalization:
@@ -42,4 +39,4 @@ def _moments(data: ImageSet | Photographs, normalize: str) -> tuple[Tensor, Tens
     if normalize == "channel":
         return data.mean, data.std
     require(data.shape[0] == 3, f"normalize='imagenet' is for 3 channels, got {data.shape[0]}: choose 'channel'.")
-    return torch.tensor(_IMAGENET_MEAN), torch.tensor(_IMAGENET_STD)
+    return torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
