@@ -8,10 +8,10 @@ over a `TensorDataset`. Each side runs with the C library's default allocator an
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import sys
-import threading
 from collections.abc import Callable, Iterator
 
 import torch
@@ -22,9 +22,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from bnkit._allocator import tune_allocator
 from bnkit.data import ImageSet, load
-from bnkit.experiments._lockstep import Task, Training, create_stacks, side_by_side
-from bnkit.experiments._pace import Pace
+from bnkit.experiments._lockstep import Training, create_stacks
 from bnkit.experiments._record import Configuration
+from bnkit.experiments._side_by_side import side_by_side
+from bnkit.experiments._task import Task
 from bnkit.report import Table, print_table
 
 BATCH, RATE, STD = 60, 0.5, 0.01
@@ -58,17 +59,15 @@ def plain(data: ImageSet, norm: bool) -> Callable[[], None]:
     return run
 
 
-def in_lockstep(data: ImageSet) -> Callable[[], None]:
+@contextlib.contextmanager
+def in_lockstep(data: ImageSet) -> Iterator[Callable[[], object]]:
     """`STEPS` steps of both networks as `bnkit compare` trains them."""
-    task, stop = Task.of(data, torch.device("cpu")), threading.Event()
+    task = Task.of(data, torch.device("cpu"))
     stacks = create_stacks([Configuration("none", RATE, STD), Configuration("batch", RATE, STD)], [0], data, task)
-    trainings = [Training(stack, task, [0], BATCH, Pace(adapt=False), stop) for stack in stacks]
-
-    def run() -> None:
-        with side_by_side(len(stacks)) as on_each:
-            list(on_each(lambda training: training.run(training.done + STEPS), trainings))
-
-    return run
+    trainings = [Training(stack, task, [0], BATCH) for stack in stacks]
+    with side_by_side([training.run for training in trainings]) as run:
+        goals = itertools.count(STEPS, STEPS)
+        yield lambda: run(next(goals))
 
 
 def measure(allocator: str, rounds: int) -> list[dict[str, object]]:
@@ -76,12 +75,13 @@ def measure(allocator: str, rounds: int) -> list[dict[str, object]]:
     if allocator == "tuned":
         tune_allocator()
     data = load("digits")
-    cases = {
-        "plain without BN": plain(data, False),
-        "plain with BN": plain(data, True),
-        "bnkit compare": in_lockstep(data),
-    }
-    times = take_turns(cases, rounds)
+    with in_lockstep(data) as lockstep:
+        cases = {
+            "plain without BN": plain(data, False),
+            "plain with BN": plain(data, True),
+            "bnkit compare": lockstep,
+        }
+        times = take_turns(cases, rounds)
     both = [a + b for a, b in zip(times["plain without BN"], times["plain with BN"], strict=True)]
     rows = []
     for side, values in (("plain PyTorch", both), ("bnkit compare", times["bnkit compare"])):

@@ -11,9 +11,10 @@ import numpy as np
 
 from .._checks import require
 from ..data import ImageSet
-from ._lockstep import Task, create_stacks, train_stacks
+from ._lockstep import create_stacks, train_stacks
 from ._progress import Progress
 from ._record import Configuration, label_of
+from ._task import Task
 
 RATES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 INIT_STDS = (0.01, 0.03, 0.1, 0.3, 1.0)
@@ -73,7 +74,6 @@ def run_grid(
     steps: int,
     seed: int,
     progress: Progress,
-    adapt_threads: bool = False,
 ) -> Grid:
     """Train every cell for `steps` steps, all of them in lockstep, on all but the last training images.
 
@@ -85,8 +85,8 @@ def run_grid(
     stacks = create_stacks(configurations, [seed], data, task)
     progress.phase("grid of learning rates and initial scales", steps)
     evaluations = sorted({steps * i // 5 for i in range(1, 6)} - {0})
-    how = {"percentiles": False, "adapt_threads": adapt_threads}
-    snapshots = train_stacks(stacks, task.with_held_out(held_out), [seed], batch_size, evaluations, **how)
+    held_out_task = task.with_held_out(held_out)
+    snapshots = train_stacks(stacks, held_out_task, [seed], batch_size, evaluations, percentiles=False)
     nothing = np.full((len(norms), len(INIT_STDS), len(RATES)), np.nan)
     grid = Grid(norms, RATES, INIT_STDS, nothing, 0, steps, held_out)
     try:

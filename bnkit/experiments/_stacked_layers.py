@@ -1,12 +1,11 @@
-"""The layers of a stack of networks: forward, closed-form backward and gradient step, on memory bound once.
+"""A stack's layers behind the first: forward, closed-form backward and gradient step, on memory bound once.
 
 Notation and the sign of gradients are those of `_stacked_mlp.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,82 +18,6 @@ sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
 softmax = torch.ops.aten._softmax.out
 
 NORM_STATE = ("weight", "bias", "running_mean", "running_var")
-
-
-def _linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight.T for matrices."""
-    # MKL keeps to AVX2 on AMD processors; oneDNN uses AVX-512 there and is 1.2 to 1.7 times as fast at these sizes.
-    if _ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu":
-        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    return x @ weight.T
-
-
-_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """How the stack's inputs come.
-
-    Args:
-        scale: what every input is multiplied by, such as 1/255 for pixels that come as they are stored.
-        used: the columns of the networks' inputs that training examples are given in, all others being zero in every
-            one of them; None for all columns.
-    """
-
-    scale: float = 1.0
-    used: Tensor | None = None
-
-
-class Input:
-    """The first matrix: (S, K·H, F), one product a seed because each seed has its own batch.
-
-    Inputs that are zero in every training example have no part in training; their weights are kept aside.
-    """
-
-    def __init__(self, nets: Sequence[Sequence[nn.Linear]], inputs: Inputs) -> None:
-        self.configurations, self.seeds = len(nets), len(nets[0])
-        by_seed = zip(*nets, strict=True)
-        weight = torch.stack([torch.cat([linear.weight.detach() for linear in row]) for row in by_seed])
-        self.scale, self.used = inputs.scale, slice(None) if inputs.used is None else inputs.used
-        self.all_weights, self.weight, self.changed = weight, weight[:, :, self.used].clone(), False
-
-    def bind(self, batch: int) -> Tensor:
-        """Allocate and return the output, (B, R·H)."""
-        width = self.weight.shape[1] // self.configurations
-        out = self.weight.new_empty(batch, self.configurations, self.seeds, width)
-        self.weights, self.outs = self.weight.unbind(), out.unbind(2)
-        return out.flatten(1)
-
-    def bind_delta(self, delta: Tensor) -> None:
-        """Take where the gradient of the output will be, (B, R·H)."""
-        self.deltas = delta.view(len(delta), self.configurations, self.seeds, -1).unbind(2)
-
-    def forward(self, x: Sequence[Tensor]) -> None:
-        """The seeds' (B, F) → the output."""
-        for out, rows, weight in zip(self.outs, x, self.weights, strict=True):
-            torch.mul(_linear(rows, weight).view_as(out), self.scale, out=out)
-
-    def update(self, x: Sequence[Tensor]) -> None:
-        """Add the gradient step."""
-        for delta, rows, weight in zip(self.deltas, x, self.weights, strict=True):
-            weight.add_(_linear(delta.flatten(1).T, rows.T), alpha=self.scale)
-        self.changed = True
-
-    def for_all(self, x: Tensor) -> Tensor:
-        """(N, F), the same for every network, → (N, R·H)."""
-        out = _linear(x, self._full_weight().flatten(0, 1)).mul_(self.scale)
-        return out.view(len(x), self.seeds, self.configurations, -1).transpose(1, 2).flatten(1)
-
-    def _full_weight(self) -> Tensor:
-        if self.changed:
-            self.all_weights[:, :, self.used] = self.weight
-            self.changed = False
-        return self.all_weights
-
-    def weights_of_nets(self) -> Tensor:
-        """(K, S, H, F), as `nn.Linear` keeps them."""
-        return self._full_weight().unflatten(1, (self.configurations, -1)).transpose(0, 1)
 
 
 class Dense:
@@ -131,9 +54,10 @@ class Dense:
         torch.bmm(self.delta, self.weight, out=self.dh)
         self.weight.baddbmm_(self.delta_t, self.h)
 
-    def for_all(self, h: Tensor) -> Tensor:
-        """(N, R·H) → (N, R·H')."""
-        return torch.bmm(self.by_net(h), self.weight_t).transpose(0, 1).flatten(1)
+    def frozen(self) -> Callable[[Tensor], Tensor]:
+        """The layer as it is now: (N, R·H) → (N, R·H')."""
+        weight_t = self.weight.clone().mT
+        return lambda h: torch.bmm(self.by_net(h), weight_t).transpose(0, 1).flatten(1)
 
     def weights_of_nets(self) -> Tensor:
         """(K, S, H', H), as `nn.Linear` keeps them."""
@@ -174,9 +98,10 @@ class Output(Dense):
         self.delta_of_nets.sub_(target.mT).mul_(self.minus_rates)
         self.bias_column.add_(self.delta_t.sum(2, keepdim=True))
 
-    def for_all(self, h: Tensor) -> Tensor:
-        """(N, R·H) → (N, K, S, classes)."""
-        return super().for_all(h).view(len(h), *self.shape, -1).add_(self.bias.unflatten(0, self.shape))
+    def frozen(self) -> Callable[[Tensor], Tensor]:
+        """The layer as it is now: (N, R·H) → (N, K, S, classes)."""
+        product, bias = super().frozen(), self.bias.clone().unflatten(0, self.shape)
+        return lambda h: product(h).view(len(h), *self.shape, -1).add_(bias)
 
 
 class Hidden:
@@ -243,13 +168,13 @@ class Hidden:
             for name, values in zip(NORM_STATE, (self.gamma, self.beta, self.mean, self.var), strict=True):
                 getattr(norm, name).copy_(values[columns])
 
-    def preactivation(self, a: Tensor) -> Tensor:
-        """The sigmoid's input under population statistics; `a` is overwritten."""
+    def frozen(self) -> Callable[[Tensor], Tensor]:
+        """The layer as it is now: its input, which is overwritten, → the sigmoid's under population statistics."""
         scale = self.gamma * (self.var + self.eps).rsqrt()
         scale[: self.plain] = 1
         offset = self.beta - self.mean * scale
         offset[: self.plain] = self.beta[: self.plain]
-        return a.mul_(scale).add_(offset)
+        return lambda a: a.mul_(scale).add_(offset)
 
 
 def _columns(linear: nn.Linear, norm: _BatchNorm | None) -> tuple[Tensor, ...]:

@@ -13,13 +13,14 @@ linear in it, so all that follows is added to the parameters as it is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ._stacked_layers import Dense, Hidden, Input, Inputs, Output
+from ._stacked_input import Inputs
+from ._stacked_layers import Dense, Hidden, Output
 
 
 class StackedMLP:
@@ -47,7 +48,7 @@ class StackedMLP:
 
         self.nets = nets
         self.shape = (len(nets), len(nets[0]))
-        self.input = Input(layer(0), inputs or Inputs())
+        self.input = (inputs or Inputs()).layer(layer(0))
         self.output = Output(layer(depth - 1), learning_rates)
         self.dense: list[Dense] = [*(Dense(layer(i)) for i in range(1, depth - 1)), self.output]
         self.hidden = [
@@ -75,17 +76,16 @@ class StackedMLP:
         self.batch = batch
 
     @torch.no_grad()
-    def step(self, x: Tensor, target: Tensor) -> None:
+    def step(self, x: Sequence, target: Tensor) -> None:
         """One step of gradient descent on the mean cross-entropy.
 
         Args:
-            x: the used inputs of each seed, (S, B, F).
+            x: the used inputs of each seed, each (B, F) or what stands for it, see `Inputs`.
             target: one-hot classes of each seed, (S, B, classes).
         """
         if target.shape[1] != self.batch:
             self._bind(target.shape[1])
-        rows = x.unbind()
-        self.input.forward(rows)
+        self.input.forward(x)
         for hidden, dense in zip(self.hidden, self.dense, strict=True):
             hidden.forward()
             dense.forward()
@@ -93,16 +93,27 @@ class StackedMLP:
         for hidden, dense in zip(reversed(self.hidden), reversed(self.dense), strict=True):
             dense.backward()
             hidden.backward()
-        self.input.update(rows)
+        self.input.update(x)
 
     @torch.no_grad()
-    def evaluate(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (N, K, S, classes) and inputs of the last sigmoid (N, K, S, H), for all inputs (N, F)."""
-        a = self.input.for_all(x)
-        for hidden, dense in zip(self.hidden[:-1], self.dense[:-1], strict=True):
-            a = dense.for_all(hidden.preactivation(a).sigmoid_())
-        z = self.hidden[-1].preactivation(a)
-        return self.output.for_all(z.sigmoid()), z.view(len(x), *self.shape, -1)
+    def frozen(self) -> Callable[..., tuple[Tensor, Tensor]]:
+        """The networks as they are now, whatever steps follow.
+
+        Returns:
+            A function of all inputs, (N, F) or what stands for it, see `Inputs`, whose values are the logits
+            (N, K, S, classes) and the inputs of the last sigmoid (N, K, S, H) under population statistics.
+        """
+        first, *dense, output = (layer.frozen() for layer in (self.input, *self.dense))
+        *hidden, last = (layer.frozen() for layer in self.hidden)
+
+        def evaluate(x) -> tuple[Tensor, Tensor]:
+            a = first(x)
+            for preactivation, product in zip(hidden, dense, strict=True):
+                a = product(preactivation(a).sigmoid_())
+            z = last(a)
+            return output(z.sigmoid()), z.view(len(z), *self.shape, -1)
+
+        return evaluate
 
     @torch.no_grad()
     def store(self) -> None:

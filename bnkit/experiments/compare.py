@@ -22,10 +22,11 @@ from .._environment import describe_machine
 from ..data import ImageSet, load
 from ..train import FitConfig
 from ._grid import Grid, run_grid
-from ._lockstep import Task, create_stack, create_stacks, evaluation_steps, step_seconds, train_stacks
+from ._lockstep import create_stack, create_stacks, evaluation_steps, step_seconds, train_stacks
 from ._progress import Progress, Silent
 from ._record import Configuration, NetRecord, label_of
 from ._separate import train_separately
+from ._task import Task
 
 PAPER_RATE = 0.5
 PAPER_INIT_STD = 0.01
@@ -48,8 +49,8 @@ class CompareConfig:
         grid_steps: mini-batches each cell of the grid sees.
         evaluations: evaluations on the test images, at least.
         image_size: side to which the images of a folder are resized; None for the data's own.
-        threads: CPU threads, among which networks in lockstep are shared out; by default PyTorch's, or for a
-            single pair of networks one where that is measured to be faster.
+        threads: CPU threads, by default PyTorch's. Networks in lockstep are shared out among them; a single pair
+            trains on one, while others prepare its batches and evaluate it.
         device: `"cpu"`, `"cuda"`, or `"auto"`.
         devices: processes that share each batch, started by torchrun; networks that train as one stack use one.
         data_dir, download, skip_corrupt: see `bnkit.data.load`.
@@ -205,12 +206,12 @@ def _records(config: CompareConfig, configurations: Iterable[Configuration], suf
 def _run_stacked(result: Comparison, data: ImageSet, device: torch.device, progress: Progress) -> None:
     """All networks in lockstep, after the grid that finds each one's own best."""
     config = result.config
-    task, adapt = Task.of(data, device), config.threads is None
+    task = Task.of(data, device)
     # The stack wants the networks without a norm first; the tables follow.
     norms = sorted(config.norms, key=lambda norm: norm != "none")
     result.protocol = _records(config, [Configuration(norm, config.rate, PAPER_INIT_STD) for norm in norms])
     if config.with_grid:
-        result.grid = run_grid(data, task, norms, config.batch_size, config.grid_steps, config.seed, progress, adapt)
+        result.grid = run_grid(data, task, norms, config.batch_size, config.grid_steps, config.seed, progress)
         if not result.grid.complete:
             result.partial = f"interrupted in the grid after {result.grid.steps} steps; nothing else was run"
             return
@@ -221,7 +222,7 @@ def _run_stacked(result: Comparison, data: ImageSet, device: torch.device, progr
         stacks = create_stacks([record.configuration for record in records], records[0].seeds, data, task)
         steps = evaluation_steps(config.steps, config.evaluations)
         progress.phase("training", config.steps)
-        snapshots = train_stacks(stacks, task, records[0].seeds, config.batch_size, steps, adapt_threads=adapt)
+        snapshots = train_stacks(stacks, task, records[0].seeds, config.batch_size, steps)
         for snapshot in snapshots:
             for i, record in enumerate(records):
                 record.add_snapshot(snapshot, i, seconds[record.configuration.norm])
@@ -233,7 +234,7 @@ def _run_stacked(result: Comparison, data: ImageSet, device: torch.device, progr
 def _solo_step_seconds(norm: str, data: ImageSet, task: Task, config: CompareConfig) -> float:
     """Seconds a step of one network alone: trained together, the networks' own shares can't be told apart."""
     stack = create_stack([Configuration(norm, config.rate, PAPER_INIT_STD)], [config.seed], data, task)
-    return step_seconds(stack, task, config.batch_size, adapt_threads=config.threads is None)
+    return step_seconds(stack, task, config.batch_size)
 
 
 def _run_separately(result: Comparison, data: ImageSet, device: torch.device, progress: Progress) -> None:

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from bnkit import models
-from bnkit.experiments._stacked_layers import Inputs
+from bnkit.experiments._lit_pixels import LitPixels, lists_of
+from bnkit.experiments._stacked_input import Inputs
 from bnkit.experiments._stacked_mlp import StackedMLP
 
 CONFIGURATIONS = [("none", 0.1, 0.5), ("none", 0.3, 0.1), ("batch", 0.1, 0.5), ("batch", 0.3, 2.0)]
@@ -23,9 +24,9 @@ def create(norm, std, seed, hidden=(12, 9, 9)):
     return net.double()
 
 
-def stack_of(configurations, seeds, **options):
+def stack_of(configurations, seeds, lit=False, **options):
     nets = [[create(norm, std, seed, **options) for seed in range(seeds)] for norm, std, _ in configurations]
-    return StackedMLP(nets, [rate for _, _, rate in configurations], Inputs(scale=0.5))
+    return StackedMLP(nets, [rate for _, _, rate in configurations], Inputs(scale=0.5, lit=lit))
 
 
 def descend(net, x, y, rate):
@@ -54,7 +55,7 @@ def test_trains_like_the_modules(configurations, seeds):
     expected = copy.deepcopy(stack.nets)
     # The batch size changes on the way, as it does for whoever steps by hand.
     for x, y in batches(seeds, [7] * 10 + [4] * 5):
-        stack.step(x, nn.functional.one_hot(y, 5).double())
+        stack.step(x.unbind(), nn.functional.one_hot(y, 5).double())
         for row, (_, _, rate) in zip(expected, configurations, strict=True):
             for seed, net in enumerate(row):
                 descend(net, x[seed] / 2, y[seed], rate)
@@ -68,14 +69,37 @@ def test_trains_like_the_modules(configurations, seeds):
                     )
 
 
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_lists_of_lit_pixels_train_and_evaluate_like_the_images(seeds):
+    lit, dense = (stack_of(CONFIGURATIONS, seeds, lit=lit) for lit in (True, False))
+    for x, y in batches(seeds, [7] * 6 + [4] * 3):
+        images, target = x < 0.2, nn.functional.one_hot(y, 5).double()
+        lit.step(LitPixels.of(images.numpy()), target)
+        dense.step(images.double().unbind(), target)
+    images = torch.rand(11, 36) < 0.2
+    found, expected = lit.frozen()(lists_of(images[None].numpy())[0]), dense.frozen()(images.double())
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(lit.input.weights_of_nets(), dense.input.weights_of_nets(), rtol=1e-10, atol=1e-12)
+
+
+def test_frozen_networks_do_not_follow_the_training():
+    stack = stack_of(CONFIGURATIONS, 2)
+    x = torch.rand(11, 36, dtype=torch.float64)
+    frozen, (before, _) = stack.frozen(), stack.frozen()(x)
+    for rows, y in batches(2, [8] * 3):
+        stack.step(rows.unbind(), nn.functional.one_hot(y, 5).double())
+    torch.testing.assert_close(frozen(x)[0], before, rtol=0, atol=0)
+    assert not torch.allclose(stack.frozen()(x)[0], before)
+
+
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_evaluates_like_the_modules(seeds):
     stack = stack_of(CONFIGURATIONS, seeds)
     for x, y in batches(seeds, [8] * 5):
-        stack.step(x, nn.functional.one_hot(y, 5).double())
+        stack.step(x.unbind(), nn.functional.one_hot(y, 5).double())
     stack.store()
     x = torch.rand(11, 36, dtype=torch.float64)
-    logits, z = stack.evaluate(x)
+    logits, z = stack.frozen()(x)
     for k, row in enumerate(stack.nets):
         for seed, net in enumerate(row):
             net.eval()
@@ -87,8 +111,8 @@ def test_a_diverging_network_leaves_the_others_alone():
     configurations = [("none", 0.1, 0.5), ("none", 0.1, float("inf")), ("batch", 0.1, 0.5)]
     stack, alone = stack_of(configurations, 1), stack_of([configurations[0], configurations[2]], 1)
     for x, y in batches(1, [8] * 4):
-        stack.step(x, nn.functional.one_hot(y, 5).double())
-        alone.step(x, nn.functional.one_hot(y, 5).double())
+        stack.step(x.unbind(), nn.functional.one_hot(y, 5).double())
+        alone.step(x.unbind(), nn.functional.one_hot(y, 5).double())
     assert stack.bias[1].isnan().any()
     torch.testing.assert_close(stack.bias[[0, 2]], alone.bias, rtol=1e-12, atol=1e-14)
 
@@ -100,7 +124,7 @@ def test_float32_stays_close_to_float64():
     single = StackedMLP(nets, [rate for _, _, rate in CONFIGURATIONS], Inputs(scale=0.5))
     for x, y in batches(2, [8] * 3):
         target = nn.functional.one_hot(y, 5)
-        double.step(x, target.double())
-        single.step(x.float(), target.float())
+        double.step(x.unbind(), target.double())
+        single.step(x.float().unbind(), target.float())
     x = torch.rand(11, 36, dtype=torch.float64)
-    torch.testing.assert_close(single.evaluate(x.float())[0].double(), double.evaluate(x)[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(single.frozen()(x.float())[0].double(), double.frozen()(x)[0], rtol=1e-4, atol=1e-5)
