@@ -46,9 +46,9 @@ class FineTuningConfig:
     first_steps: int = 400
     first_batch_size: int = 64
     first_rate: float = 0.1
-    steps: int = 500
+    steps: int = 3000
     batch_size: int = 2
-    rates: tuple[float, ...] = (0.001, 0.005)
+    rates: tuple[float, ...] = (0.001, 0.005, 0.02)
     seeds: int = 3
     test_images: int = 10_000
 

@@ -44,7 +44,7 @@ class SmallBatchesConfig:
         processes: as many as torchrun started.
     """
 
-    steps: int = 600
+    steps: int = 6000
     batch_size: int = 2
     rates: tuple[float, ...] = (0.005, 0.02)
     seeds: int = 3
