@@ -33,7 +33,7 @@ def compare(
     quick: Annotated[bool, typer.Option("--quick", help="Leave out the grid and each network's own best.")] = False,
     grid_steps: Annotated[int, typer.Option(help="Mini-batches each cell of the grid sees.")] = 1000,
     out: Annotated[Path | None, typer.Option(help="Output folder.  [default: runs/compare-TIME]")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads.  [default: PyTorch's, or 1 where faster]")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.  [default: PyTorch's]")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print run.json instead of tables.")] = False,
 ) -> None:

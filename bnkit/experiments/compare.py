@@ -49,8 +49,7 @@ class CompareConfig:
         grid_steps: mini-batches each cell of the grid sees.
         evaluations: evaluations on the test images, at least.
         image_size: side to which the images of a folder are resized; None for the data's own.
-        threads: CPU threads, by default PyTorch's. Networks in lockstep are shared out among them; a single pair
-            trains on one, while others prepare its batches and evaluate it.
+        threads: CPU threads, by default PyTorch's; networks in lockstep are shared out among as many processes.
         device: `"cpu"`, `"cuda"`, or `"auto"`.
         devices: processes that share each batch, started by torchrun; networks that train as one stack use one.
         data_dir, download, skip_corrupt: see `bnkit.data.load`.
