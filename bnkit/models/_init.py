@@ -122,8 +122,8 @@ def conv_transpose2d(
 
 
 def _filled(layer: _Layer, init: Init) -> _Layer:
-    # Made on the meta device, the layer has drawn no weights of its own. `to_empty` would do as well, but the first call
-    # of it imports PyTorch's decompositions, which takes longer than to create most networks.
+    # Made on the meta device, the layer has drawn no weights of its own. Not `to_empty`, which would do the same: its
+    # first call imports PyTorch's decompositions, and that takes longer than to create most networks.
     for name, parameter in layer.named_parameters():
         setattr(layer, name, nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype)))
     initializer(init)(layer.weight)
