@@ -15,7 +15,7 @@ from ._lit_pixels import LitPixels, lists_of, mostly_dark
 from ._stacked_input import Inputs
 
 TEST_CHUNK = 500
-_GATHERED = 32
+_GATHERED = 2000
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,12 @@ def batches(task: Task, seeds: Sequence[int], batch_size: int) -> Iterator[tuple
         For each seed the inputs as a stack takes them, and the one-hot classes (S, B, classes).
     """
     orders = [BatchOrder(len(task.x), batch_size, seed) for seed in seeds]
+    # Many small batches at once, since for one the call costs more than the copy.
+    count = max(1, _GATHERED // (batch_size * len(orders)))
     while True:
-        # Many batches at once, since one is so small that the call costs more than the copy.
-        index = torch.cat([next(order) for _ in range(_GATHERED) for order in orders]).to(task.x.device)
+        index = torch.cat([next(order) for _ in range(count) for order in orders]).to(task.x.device)
         x, target = (
-            values.index_select(0, index).view(_GATHERED, len(orders), batch_size, -1)
-            for values in (task.x, task.one_hot)
+            values.index_select(0, index).view(count, len(orders), batch_size, -1) for values in (task.x, task.one_hot)
         )
         rows = _lit(x) if task.inputs.lit else (batch.float().unbind() for batch in x)
         yield from zip(rows, target, strict=True)
