@@ -67,6 +67,16 @@ def surgery(
 
 
 @app.command()
+def fold(
+    rounds: Annotated[int, typer.Option(help="Rounds in which all sides take turns.")] = 11,
+    save: Annotated[bool, typer.Option("--save", help="Write benchmarks/results/fold.csv.")] = False,
+    compiled: Annotated[bool, typer.Option(help="Also measure torch.compile, which takes most of the time.")] = True,
+) -> None:
+    """Inference on folded networks against unfolded ones, torch.fx's fuse and torch.compile."""
+    _benchmark("bench_fold").main(rounds, save, compiled)
+
+
+@app.command()
 def sync(
     save: Annotated[
         bool, typer.Option("--save", help="Write benchmarks/results/sync.csv and sync_networks.csv.")
