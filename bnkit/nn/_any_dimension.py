@@ -16,6 +16,7 @@ class Options(TypedDict, total=False):
     bias: bool
     activation: str | None
     skip_nonfinite: bool
+    inplace: bool
 
 
 class AnyDimension(BatchNorm):

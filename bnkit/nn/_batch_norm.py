@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import functional
-from .._checks import unknown
+from .._checks import require, unknown
 from ..moments import statistics_dtype
 from ..ops import ACTIVATIONS
 
@@ -51,6 +51,9 @@ def _stored(module: torch.nn.Module, name: str) -> Tensor | None:
 class BatchNorm(_BatchNorm):
     """What the layers of every dimension share; `BatchNorm2d` documents it."""
 
+    can_be_inplace: ClassVar[bool] = True
+    """Whether a layer of this class can do without its input in the backward pass."""
+
     def __init__(
         self,
         num_features: int,
@@ -69,13 +72,21 @@ class BatchNorm(_BatchNorm):
         if activation is not None and activation not in ACTIVATIONS:
             raise unknown("activation", activation, ACTIVATIONS)
         if inplace:
-            functional.check_inplace(activation)
+            self._check_inplace(activation)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         if not bias:
             self.register_parameter("bias", None)
         self.activation = activation
         self.skip_nonfinite = skip_nonfinite
         self.inplace = inplace
+
+    def _check_inplace(self, activation: str | None) -> None:
+        """Refuse `inplace=True` where it cannot be had; runs ahead of the constructor."""
+        functional.check_inplace(activation)
+        require(
+            self.can_be_inplace,
+            f"{type(self).__name__} needs its input for the backward pass, got inplace=True: leave it False.",
+        )
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """activation(batch_norm(input) + residual), of the input's shape.

@@ -43,7 +43,7 @@ class DomainBatchNorm(AnyDimension):
         domains: their number, to be called 0, 1, ..., or their names.
         eps, momentum, affine, track_running_stats, device, dtype: as in `BatchNorm2d`.
         shared_affine: one weight and bias for all domains.
-        bias, activation, skip_nonfinite: as in `BatchNorm2d`.
+        bias, activation, skip_nonfinite, inplace: as in `BatchNorm2d`.
 
     Raises:
         ValueError: no domains or two of one name, an unknown domain, or what `bnkit.functional.batch_norm` raises it

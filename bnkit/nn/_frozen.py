@@ -98,7 +98,7 @@ class FrozenBatchNorm(_Frozen, AnyDimension):
         track_running_stats: must be True.
         device, dtype: of parameters and buffers.
         trainable: learn weight and bias.
-        bias, activation, skip_nonfinite: as in `BatchNorm2d`.
+        bias, activation, skip_nonfinite, inplace: as in `BatchNorm2d`.
 
     Raises:
         ValueError: `track_running_stats=False`, or what `bnkit.functional.batch_norm` raises it for.

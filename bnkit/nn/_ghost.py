@@ -46,9 +46,11 @@ class GhostBatchNorm(AnyDimension):
             the running statistics.
 
     Raises:
-        ValueError: `ghost_size` below 1, ghosts of one value a channel in training, or what
+        ValueError: `inplace=True`, `ghost_size` below 1, ghosts of one value a channel in training, or what
             `bnkit.functional.batch_norm` raises it for.
     """
+
+    can_be_inplace = False
 
     def __init__(
         self,

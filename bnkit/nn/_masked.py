@@ -41,8 +41,11 @@ class MaskedBatchNorm(AnyDimension):
             `BatchNorm2d`.
 
     Raises:
-        ValueError: a mask of the wrong type or shape, or what `bnkit.functional.batch_norm` raises it for.
+        ValueError: `inplace=True`, a mask of the wrong type or shape, or what `bnkit.functional.batch_norm` raises it
+            for.
     """
+
+    can_be_inplace = False
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, input: Tensor, mask: Tensor | None = None, residual: Tensor | None = None

@@ -40,7 +40,7 @@ class RecurrentBatchNorm(AnyDimension):
         eps, momentum, affine, track_running_stats, device, dtype: as in `BatchNorm2d`.
         max_length: steps with statistics of their own.
         gamma: initial weight.
-        bias, activation, skip_nonfinite: as in `BatchNorm2d`.
+        bias, activation, skip_nonfinite, inplace: as in `BatchNorm2d`.
 
     Raises:
         ValueError: `max_length` below 1, a negative step, or what `bnkit.functional.batch_norm` raises it for.
@@ -150,6 +150,7 @@ class RecurrentBatchNorm(AnyDimension):
             self.eps,
             activation=self.activation,
             residual=residual,
+            inplace=self.inplace,
         )
 
     def extra_repr(self) -> str:

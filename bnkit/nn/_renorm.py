@@ -49,7 +49,7 @@ class BatchRenorm(AnyDimension):
             `num_batches_tracked` = first to final at last, or a function of `num_batches_tracked`, a tensor.
             Default, the paper's: (5000, 40000, 3.0).
         d_max: bound of d, at least 0, likewise, a tuple's line starting at 0. Default, the paper's: (5000, 25000, 5.0).
-        bias, activation, skip_nonfinite: as in `BatchNorm2d`.
+        bias, activation, skip_nonfinite, inplace: as in `BatchNorm2d`.
 
     Raises:
         ValueError: `track_running_stats=False`, a bound out of range, or what `bnkit.functional.batch_norm` raises it
@@ -107,6 +107,7 @@ class BatchRenorm(AnyDimension):
             self.eps,
             activation=self.activation,
             residual=residual,
+            inplace=self.inplace,
         )
 
     @torch.no_grad()

@@ -50,11 +50,12 @@ class SyncBatchNorm(AnyDimension):
         timeout: seconds to wait for the other ranks in each pass; None for the process group's own.
 
     Raises:
-        ValueError: one value a channel on all ranks together (on accelerators the running statistics stay as they
-            are), a process outside the group, or what `bnkit.functional.batch_norm` raises it for.
+        ValueError: `inplace=True`, one value a channel on all ranks together (on accelerators the running statistics
+            stay as they are), a process outside the group, or what `bnkit.functional.batch_norm` raises it for.
         SyncError: a rank left out a call, was in another layer, or died.
     """
 
+    can_be_inplace = False
     process_group: dist.ProcessGroup | None
 
     def __init__(

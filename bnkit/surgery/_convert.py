@@ -75,7 +75,8 @@ def convert(
         example: an input to verify on; for the kinds that keep statistics the outputs in eval mode must agree.
         forward: `forward(model, example)`, how to call the model.
         tolerance: how far outputs may differ, relative to the largest; default 1e-4 for float32.
-        options: arguments of the new layers, such as `ghost_size=16`, `process_group=`, or `groups=` of "group" (32).
+        options: arguments of the new layers, such as `ghost_size=16`, `process_group=`, or `groups=` of "group" (32;
+            where the channels are no multiple of it, the largest common divisor).
             `dims=` 1, 2 or 3 says what the model's layers are where their class does not tell.
 
     Raises:
@@ -89,6 +90,8 @@ def convert(
         f"convert keeps a layer's statistics as they are, got {to}, which holds them in another form: build it, "
         "and load the state_dict.",
     )
+    groups = options.get("groups", 32)
+    require(isinstance(groups, int) and groups >= 1, f"groups must be at least 1, got {groups!r}: 32 is usual.")
     require(dims in (None, 1, 2, 3), f"dims must be 1, 2 or 3, got {dims}: 2 is for images.")
     _check_options(to, options)
     before = None if example is None else run_in_eval(model, example, forward)
@@ -206,7 +209,7 @@ def _check_options(to: str | type, options: dict[str, Any]) -> None:
         own = inspect.signature(kind).parameters
         fixed = {"num_features", "eps", "momentum", "affine", "track_running_stats", "device", "dtype", "bias"}
         more = inspect.signature(OURS).parameters if issubclass(kind, OURS) else ()
-        allowed = set() if to == "torch" else {*own, *more} - fixed - {"options", "trainable"}
+        allowed = set() if to == "torch" else {*own, *more} - fixed - {"options", "trainable", "inplace"}
     for option in options:
         if option not in allowed:
             choices = ", ".join(sorted(allowed | {"dims"}))

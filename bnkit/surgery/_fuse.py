@@ -120,6 +120,8 @@ def _plan(module: nn.Module, facts: Record) -> Following:
         raise Refused("there is no fused SyncBatchNorm")
     if getattr(module, "activation", None) is not None or len(calls[0].inputs) > 1:
         raise Refused("it adds or activates already")
+    if getattr(module, "inplace", False):
+        raise Refused("inplace=True keeps its output alone, which few activations allow")
     return following(calls[0], facts) if len(calls) == 1 else Following()
 
 

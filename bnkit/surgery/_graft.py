@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import nn as layers
+from ..ops import INVERTIBLE
 
 FROZEN = (layers.FrozenBatchNorm, layers.FrozenBatchNorm1d, layers.FrozenBatchNorm2d, layers.FrozenBatchNorm3d)
 OURS = layers.BatchNorm2d.__bases__[0]
@@ -21,7 +22,7 @@ CARRIED = ("_affine_before",)
 """Attributes that stay with a layer whatever its class: what `freeze` remembers."""
 
 _SETTINGS = ("num_features", "eps", "momentum", "affine", "track_running_stats")
-_OPTIONS = ("skip_nonfinite", "inplace", "process_group", "timeout")
+_OPTIONS = ("skip_nonfinite", "process_group", "timeout")
 _ACTIVATIONS: dict[type[nn.Module], str | None] = {
     nn.Identity: None,
     nn.ReLU: "relu",
@@ -146,7 +147,15 @@ def _blank(
             setattr(new, name, getattr(layer, name))
     if issubclass(kind, OURS) and "activation" not in options:
         vars(new)["activation"] = activation_of(layer)
+    _carry_inplace(layer, new)
     return new
+
+
+def _carry_inplace(layer: nn.Module, new: nn.Module) -> None:
+    """`inplace` stays with a layer of a kind that can be so, as far as the activation can be undone."""
+    if not (isinstance(layer, OURS) and isinstance(new, OURS) and layer.can_be_inplace and new.can_be_inplace):
+        return
+    vars(new)["inplace"] = layer.inplace and new.activation in INVERTIBLE
 
 
 def settings_of(layer: nn.Module) -> dict[str, Any]:

@@ -26,7 +26,9 @@ class Normed(nn.Module):
         return _blank, (type(self).__bases__[0], type(self).__bases__[1]), self.__dict__
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any, **more: Any) -> None:
-        if not any(key.startswith(f"{prefix}bn.") for key in state_dict) and f"{prefix}weight" in state_dict:
+        holds_bn = any(key.startswith(f"{prefix}bn.") for key in state_dict)
+        may_lack_bn = isinstance(getattr(self.bn, "running_var", None), Tensor)  # it may have been folded or converted
+        if may_lack_bn and not holds_bn and f"{prefix}weight" in state_dict:
             self._add_identity(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *rest, **more)
 
