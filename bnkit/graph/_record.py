@@ -75,6 +75,8 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
 
 def _watching(tape: Tape, names: dict[nn.Module, list[str]]) -> Iterator[Any]:
     for module, (name, *_) in names.items():
+        if isinstance(module, torch.jit.ScriptModule):  # takes no hooks; its kernels are seen, as its caller's
+            continue
 
         def begin(module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
             tape.begin(module, name, args, kwargs)

@@ -26,6 +26,14 @@ _METADATA = frozenset({
 })  # fmt: skip
 
 
+# Functions that read only the shape, type or device of all tensors but the first, or of all of them.
+_LIKE_THE_SECOND = frozenset({"reshape_as", "view_as", "expand_as", "type_as"})
+_LIKE_THE_FIRST = frozenset({
+    "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like",
+    "new", "new_zeros", "new_ones", "new_empty", "new_empty_strided", "new_full",
+})  # fmt: skip
+
+
 class Tape:
     """What has run so far. Holds tensors weakly, so that recording needs no more memory than running.
 
@@ -66,7 +74,7 @@ class Tape:
     def run(self, function: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         """Run a function on tensors, and write it down."""
         given = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
-        inputs = [self.value(tensor) for tensor in given]
+        inputs = [self.value(tensor) for tensor in _read(function, given)]
         versions = [_version(tensor) for tensor in given]
         arguments = self._with_values((args, kwargs))
         self.quiet = True
@@ -136,6 +144,12 @@ def _name(function: Callable[..., Any]) -> str:
     if name == "__get__":  # an attribute, such as Tensor.T
         name = getattr(getattr(function, "__self__", None), "__name__", name)
     return name.strip("_").removesuffix(".default").removesuffix(".Tensor")
+
+
+def _read(function: Callable[..., Any], given: list[Tensor]) -> list[Tensor]:
+    """Those of a function's arguments whose content it reads."""
+    name = _name(function)
+    return [] if name in _LIKE_THE_FIRST else given[:1] if name in _LIKE_THE_SECOND else given
 
 
 def _reads_nothing(function: Callable[..., Any]) -> bool:

@@ -6,7 +6,7 @@ from ..graph import Operator, Value
 
 _AVERAGES = frozenset({"adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"})
 _SAME_PLACE = _AVERAGES | {"contiguous", "clone", "interpolate", "upsample"}
-_RESHAPES = frozenset({"flatten", "view", "reshape", "unflatten", "squeeze", "unsqueeze"})
+_RESHAPES = frozenset({"flatten", "view", "view_as", "reshape", "reshape_as", "unflatten", "squeeze", "unsqueeze"})
 
 
 def axis_before(operator: Operator, axis: int) -> int | None:

@@ -16,7 +16,7 @@ from ._norms import affine_of, is_batch_norm, is_known, remainder_of, uses_runni
 from ._operation import Operation, copied
 from ._remainder import AddAndActivate, ChannelAffine
 from ._result import Surgery
-from ._verify import check, largest_error, relative_error, run_in_eval, tolerance_for
+from ._verify import check, check_has_values, largest_error, relative_error, run_in_eval, tolerance_for
 from ._weighted import Refused, has_hooks
 from ._where import Where, selector
 
@@ -75,6 +75,7 @@ def fold(
     require(rest in ("keep", "affine"), f"rest must be 'keep' or 'affine', got {rest!r}: choose one.")
     selects = selector(where, (name for name, _ in model.named_modules())) if where is not None else None
     original = copied(model) if inplace and data is not None else model
+    check_has_values(model)
     with Operation(model, inplace=inplace) as operation:
         with evaluating(operation.model):
             facts = record(operation.model, example, forward)

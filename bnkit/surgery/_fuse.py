@@ -16,7 +16,7 @@ from ._fuse_verify import check_training, trained
 from ._norms import is_ours, is_timms, is_torchs
 from ._operation import Operation
 from ._result import Surgery
-from ._verify import check, relative_error, run_in_eval, tolerance_for
+from ._verify import check, check_has_values, relative_error, run_in_eval, tolerance_for
 from ._weighted import Refused, has_hooks
 from ._where import Where, selector
 
@@ -58,6 +58,7 @@ def fuse(
         UserError: outputs, gradients or running statistics differ by more than the tolerance, or a model that can't be
             copied. Then nothing was changed.
     """
+    check_has_values(model)
     with Operation(model, inplace=inplace) as operation:
         facts = _record_both(operation.model, example, forward)
         names: dict[nn.Module, str] = {m: n for m, (n, *_) in facts.names.items() if isinstance(m, _BatchNorm)}

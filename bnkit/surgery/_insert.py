@@ -19,7 +19,7 @@ from ._insert_sites import Site, layers_of, site_of
 from ._normed import Normed, NormedLast, normed_class
 from ._operation import Operation
 from ._result import Surgery
-from ._verify import check, relative_error, run_in_eval, tolerance_for
+from ._verify import check, check_has_values, relative_error, run_in_eval, tolerance_for
 from ._weighted import Refused
 from ._where import Where, selector
 
@@ -80,6 +80,7 @@ def insert(
     """
     batches, first = _first_of(data, example)
     run = forward or (apply if data is None else feed)
+    check_has_values(model)
     with Operation(model, inplace=inplace) as operation:
         with evaluating(operation.model):
             facts = record(operation.model, first, run)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .._checks import UserError
 from ._result import Surgery
@@ -32,10 +34,11 @@ class Operation:
         model: The model being changed; after the root itself was swapped, its replacement.
 
     Raises:
-        UserError: the model can't be copied.
+        UserError: the model can't be copied, or has lazy layers that never ran.
     """
 
     def __init__(self, model: nn.Module, *, inplace: bool) -> None:
+        check_initialized(model)
         self.model = model if inplace else copied(model)
         # Both list their parameters in one order, and a shared parameter once.
         self._heirs = dict(zip(model.parameters(), self.model.parameters(), strict=True))
@@ -98,6 +101,17 @@ class Operation:
         """What the call returns. Changes made so far can no longer be taken back."""
         self._undo.clear()
         return Surgery(self.model, dict(changed), dict(skipped), max_error, self._heirs)
+
+
+def check_initialized(model: nn.Module) -> None:
+    """Refuse a model that can't be copied or looked at.
+
+    Raises:
+        UserError: a parameter or buffer of a lazy layer has no shape yet.
+    """
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if is_lazy(tensor):
+            raise UserError(f"a model's tensors must have shapes, but {name} has none yet: run it once on an example.")
 
 
 def copied(model: nn.Module) -> nn.Module:

@@ -40,20 +40,25 @@ class Surgery:
         Surviving parameters keep their group and their state (momentum buffers, moments, step counts). Dropped ones
         leave the optimizer. New ones that need a gradient join the group of the parameter before them in
         `model.parameters()` that the optimizer knows, with no state yet (in fused SGD with momenta of zero). Parameters
-        of other models stay.
+        of other models stay. LBFGS, whose state is one for all parameters together, starts anew unless their shapes are
+        as before.
 
         Raises:
             UserError: the optimizer holds none of the original model's parameters.
         """
         _check_knows(optimizer, self.heirs)
         alive = set(self.model.parameters())
+        shapes = _shapes(optimizer)
         for group in optimizer.param_groups:
-            group["params"] = [p for old in group["params"] if (p := self._heir(old, alive)) is not None]
+            # The list stays the same one, since an optimizer may hold it under another name (LBFGS does).
+            group["params"][:] = [p for old in group["params"] if (p := self._heir(old, alive)) is not None]
         for old in [p for p in optimizer.state if p in self.heirs]:
             state, new = optimizer.state.pop(old), self._heir(old, alive)
             if new is not None:
                 optimizer.state[new] = state
         self._add_new(optimizer)
+        if isinstance(optimizer, torch.optim.LBFGS) and _shapes(optimizer) != shapes:
+            _forget_history(optimizer)
         return optimizer
 
     def _heir(self, old: Any, alive: set[nn.Parameter]) -> nn.Parameter | None:
@@ -91,6 +96,15 @@ def _start_momentum(optimizer: Optimizer, group: Mapping[str, Any], new: list[nn
         return
     for parameter in new:
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+
+def _shapes(optimizer: Optimizer) -> list[list[torch.Size]]:
+    return [[p.shape for p in group["params"]] for group in optimizer.param_groups]
+
+
+def _forget_history(optimizer: torch.optim.LBFGS) -> None:
+    optimizer.state.clear()
+    optimizer._numel_cache = None
 
 
 def _check_knows(optimizer: Optimizer, heirs: Mapping[Any, nn.Parameter]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -11,12 +12,33 @@ from torch import Tensor, nn
 from .._checks import UserError
 from .._modes import buffers_kept, evaluating
 from ..graph import Forward, apply, tensors_in
+from ._operation import check_initialized
 
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
+def check_has_values(model: nn.Module) -> None:
+    """Refuse a model that has nothing to compute with.
+
+    Raises:
+        UserError: a parameter or buffer is on the meta device, or of a lazy layer that never ran.
+    """
+    check_initialized(model)
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if tensor.is_meta:
+            raise UserError(
+                f"a model must have values to be run and compared, but {name} is on the meta device: "
+                "to_empty(device='cpu') and load_state_dict first."
+            )
+
+
 def run_in_eval(model: nn.Module, example: Any, forward: Forward | None) -> Any:
-    """The model's output in eval mode, without gradients; random numbers as from the state they are in now."""
+    """The model's output in eval mode, without gradients; random numbers as from the state they are in now.
+
+    Raises:
+        UserError: the model has no values.
+    """
+    check_has_values(model)
     with evaluating(model), buffers_kept(model), torch.no_grad(), torch.random.fork_rng():
         return apply(model, example, forward)
 
