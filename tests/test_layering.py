@@ -17,6 +17,7 @@ PACKAGE = Path(__file__).parents[1] / "bnkit"
 RANKS = {
     "_allocator": 0,
     "_checks": 0,
+    "_devices": 0,
     "_environment": 0,
     "_files": 0,
     "_modes": 0,

@@ -13,15 +13,17 @@ import typer
 from rich.console import Console
 
 from .._checks import require, unknown
+from .._devices import chosen_device
 from .._processes import rank, world_size
 from .._weights import load_weights, save_weights
-from ._data import load_data
+from ._data import load_for_training
 from ._runs import build_model
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
-    from ..data import ImageSet
+    from ..data import Example, ImageSet, Photographs
     from ..population import Recalibration
 
 Checkpoint = Annotated[Path, typer.Argument(help="The weights: safetensors, or torch.save data.")]
@@ -33,15 +35,17 @@ NumBatches = Annotated[int | None, typer.Option("--batches", help="How many batc
 SkipNonfinite = Annotated[bool, typer.Option("--skip-nonfinite", help="Leave out batches with NaN or infinity.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
+_MOST_WORKERS = 8
+
 Measure = Callable[["nn.Module", "Images"], "Recalibration"]
 
 
 class Images:
-    """This process's share of an image set, in normalized batches; can be gone through again and again."""
+    """This process's share of a split, in normalized batches; can be gone through again and again."""
 
-    def __init__(self, images: Tensor, mean: Tensor, std: Tensor, batch_size: int) -> None:
-        self._parts = images.split(batch_size)[rank() :: world_size()]
-        self._mean, self._std = (255 * moment.view(1, -1, 1, 1) for moment in (mean, std))
+    def __init__(self, images: ImageSet | Photographs, split: str, normalize: str, batch_size: int) -> None:
+        self._parts = _parts(images, split, batch_size)
+        self._mean, self._std = (255 * moment.view(1, -1, 1, 1) for moment in _moments(images, normalize))
 
     def __len__(self) -> int:
         return len(self._parts)
@@ -49,6 +53,46 @@ class Images:
     def __iter__(self) -> Iterator[Tensor]:
         for part in self._parts:
             yield (part.float() - self._mean) / self._std
+
+
+class Decoded:
+    """This process's share of a split of photographs, in batches of bytes, decoded by processes of their own."""
+
+    def __init__(self, photographs: Photographs, split: str, batch_size: int) -> None:
+        train = split == "train"
+        self._examples = photographs.calibration_examples() if train else photographs.test_examples()
+        self._skip_corrupt = photographs.skip_corrupt
+        keys = [(i, 0) for i in range(len(self._examples))]
+        parts = [keys[first : first + batch_size] for first in range(0, len(keys), batch_size)]
+        self._keys = parts[rank() :: world_size()]
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        import torch
+        from torch.utils.data import DataLoader
+
+        workers = min(_MOST_WORKERS, max(1, (os.cpu_count() or 1) // world_size()))
+        loader: Any = DataLoader(
+            self._examples,
+            batch_sampler=self._keys,  # pyright: ignore[reportArgumentType]
+            num_workers=workers,
+            collate_fn=_as_they_are,
+        )
+        for examples in loader:
+            images = [example[0] for example in examples if not isinstance(example, str)]
+            fault = next((example for example in examples if isinstance(example, str)), "")
+            require(
+                not fault or self._skip_corrupt,
+                f"{fault}: replace or remove it, or leave such files out with --skip-corrupt.",
+            )
+            if images:
+                yield torch.stack(images)
+
+
+def _as_they_are(examples: list[Example]) -> list[Example]:
+    return examples
 
 
 def run(
@@ -68,23 +112,35 @@ def run(
 
     require(split in ("train", "test"), f"--split must be train or test, got {split}.")
     require(batch_size >= 1, f"--batch-size must be at least 1, got {batch_size}: 128 is usual.")
+    chosen = chosen_device(device, ("cuda", "cpu"))
     first = rank() == 0
     if first:
+        require(not out.is_dir(), f"--out must be a file, got the folder {out}: name a file in it.")
         check_writable(out.parent)
     console = Console(stderr=as_json, quiet=not first)
-    images = load_data(**source, console=console)
+    images = load_for_training(recipe["model"], **source, console=console)
     model = build_model(recipe, images)
     load_weights(model, checkpoint)
-    pixels = images.train_images if split == "train" else images.test_images
-    with _processes(_chosen(device)) as where:
+    batches = Images(images, split, normalize, batch_size)
+    with _processes(chosen) as where:
         model.to(where)
-        result = measure(model, Images(pixels, *_moments(images, normalize), batch_size))
+        result = measure(model, batches)
     if first:
         save_weights(model.cpu(), out)
         _show(result, out, as_json, console)
 
 
-def _moments(images: ImageSet, normalize: str) -> tuple[Tensor, Tensor]:
+def _parts(images: ImageSet | Photographs, split: str, batch_size: int) -> Decoded | tuple[Tensor, ...]:
+    """This process's share of the split, in batches of bytes."""
+    from ..data import Photographs
+
+    if isinstance(images, Photographs):
+        return Decoded(images, split, batch_size)
+    pixels = images.train_images if split == "train" else images.test_images
+    return pixels.split(batch_size)[rank() :: world_size()]
+
+
+def _moments(images: ImageSet | Photographs, normalize: str) -> tuple[Tensor, Tensor]:
     import torch
 
     from ..data import IMAGENET_MEAN, IMAGENET_STD
@@ -99,26 +155,18 @@ def _moments(images: ImageSet, normalize: str) -> tuple[Tensor, Tensor]:
     return torch.tensor(mean), torch.tensor(std)
 
 
-def _chosen(device: str) -> str:
-    import torch
-
-    require(device in ("auto", "cpu", "cuda"), f"--device must be auto, cpu or cuda, got {device}.")
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return device
-
-
 @contextmanager
-def _processes(device: str) -> Iterator[str]:
+def _processes(device: torch.device) -> Iterator[torch.device | str]:
     """This process's device; the others that torchrun started join in."""
     import torch.distributed as dist
 
     if world_size() == 1:
         yield device
         return
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    cuda = device.type == "cuda"
+    dist.init_process_group("nccl" if cuda else "gloo")
     try:
-        yield f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
+        yield f"cuda:{os.environ['LOCAL_RANK']}" if cuda else device
     finally:
         dist.destroy_process_group()
 

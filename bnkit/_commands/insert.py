@@ -10,10 +10,10 @@ import typer
 from rich.console import Console
 
 from .._weights import load_weights
-from ._data import DataDir, Download, ImageSize, SkipCorrupt, load_data
+from ._data import DataDir, Download, ImageSize, SkipCorrupt, load_for_training
 from ._models import ModelName, ModelOptions, load_model
 from ._runs import build_model
-from ._statistics import BatchSize, Images, Normalize, NumBatches, _moments
+from ._statistics import BatchSize, Images, Normalize, NumBatches
 from ._surgery import SHAPE_HELP, Checkpoint, Json, Tolerance, Where, example_of, finish, run
 
 if TYPE_CHECKING:
@@ -50,13 +50,13 @@ def insert(
         example, loader = example_of(shape), None
         network = load_model(model, option, checkpoint)
     else:
-        images = load_data(data, data_dir, download, image_size, skip_corrupt, Console(stderr=json))
+        images = load_for_training(model, data, data_dir, download, image_size, skip_corrupt, Console(stderr=json))
         # Of bnkit's models the one without norms is meant, unless -o norm= says otherwise.
         norm_of_model = None if ":" in model and not model.startswith("bnkit:") else "none"
         network = build_model({"model": model, "norm": norm_of_model, "options": option or []}, images)
         if checkpoint is not None:
             load_weights(network, checkpoint)
-        loader = _batches(Images(images.train_images, *_moments(images, normalize), batch_size), batches)
+        loader = _batches(Images(images, "train", normalize, batch_size), batches)
         example = next(loader)
         loader = itertools.chain([example], loader)
     result = surgery.insert(

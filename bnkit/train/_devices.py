@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .._checks import require
+from .._devices import chosen_device
 from .._processes import world_size
 from ._config import FitConfig
 
@@ -78,7 +79,7 @@ def place(model: nn.Module, config: FitConfig) -> Devices:
     Raises:
         UserError: the device is not there, or the processes were not started.
     """
-    device = _device(config.device)
+    device = chosen_device(config.device)
     dtype = torch.float64 if config.precision == "64-true" else torch.float32
     if config.channels_last:
         model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -86,14 +87,6 @@ def place(model: nn.Module, config: FitConfig) -> Devices:
         return _through_fabric(model, config, device, dtype)
     model.to(device=device, dtype=dtype)
     return Devices(device, dtype, model, torch.Tensor.backward)
-
-
-def _device(name: str) -> torch.device:
-    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        name = next(kind for kind in ("cuda", "mps", "cpu") if present[kind])
-    require(present[name], f"this machine has no {name} device: choose device='cpu'.")
-    return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
 
 
 def _through_fabric(model: nn.Module, config: FitConfig, device: torch.device, dtype: torch.dtype) -> Devices:

@@ -87,7 +87,7 @@ def test_two_processes_are_one(checkpoint, tmp_path):
         (["--normalize", "imagenet"], "imagenet is for 3 channels"),
         (["--normalize", "own"], "unknown normalization 'own'"),
         (["--method", "pool"], "unknown method 'pool': did you mean pooled"),
-        (["--device", "tpu"], "--device must be auto, cpu or cuda, got tpu"),
+        (["--device", "tpu"], "unknown device 'tpu': did you mean cpu"),
         (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
     ],
 )
