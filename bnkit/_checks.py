@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_SHOWN = 80
+
 
 class UserError(ValueError):
     """A mistake in what the caller asked for; the message is one line that ends with the remedy.
@@ -17,7 +19,8 @@ def unknown(kind: str, name: str, choices: Iterable[str]) -> UserError:
     """The error for a `name` that is none of `choices`, with the nearest of them."""
     choices = sorted(choices)
     near = difflib.get_close_matches(name.lower(), choices, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(choices)}."
+    others = f" and {len(choices) - _SHOWN} more" if len(choices) > _SHOWN else ""
+    hint = f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(choices[:_SHOWN])}{others}."
     return UserError(f"unknown {kind} {name!r}: {hint}")
 
 

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from ._checks import UserError
+from ._checks import UserError, require
 
 
 @contextlib.contextmanager
@@ -19,6 +19,7 @@ def written_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
         UserError: the folder can't be made or written.
     """
     target = Path(path)
+    require(not target.is_dir(), f"can't write {target}: it is a folder; name a file.")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)

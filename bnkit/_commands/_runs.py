@@ -26,9 +26,12 @@ def read_run(folder: Path) -> dict[str, Any]:
     path = folder / RUN
     require(path.is_file(), f"there is no run in {folder}: name a folder that `bnkit train` wrote.")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        run = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}): name another run.") from error
+    complete = isinstance(run, dict) and {"recipe", "config"} <= run.keys()
+    require(complete, f"{path} is not of `bnkit train`, it lacks recipe and config: name another run.")
+    return run
 
 
 def build_model(recipe: dict[str, Any], images: ImageSet | Photographs) -> nn.Module:

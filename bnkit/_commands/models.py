@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from .._checks import UserError, require
+from .._checks import UserError, require, unknown
 
 _CLASSES, _CHANNELS, _BATCH = 1000, 3, 32
 
@@ -26,9 +26,17 @@ def models(
 
     names = registry.list(pattern)
     require(bool(names), f"no model is called {pattern!r}: `bnkit models` without a pattern lists all.")
+    if norm not in registry.norms():
+        raise unknown("norm", norm, registry.norms())
+    require(
+        image_size is None or image_size >= 1,
+        f"--image-size must be at least 1, got {image_size}: choose a larger one.",
+    )
     console = Console(stderr=True)
     shown = track(names, "Counting", console=console, transient=True, disable=not console.is_terminal)
     found = {name: _costs(name, norm, image_size) for name in shown}
+    if all("error" in costs for costs in found.values()):
+        raise UserError(found[names[0]]["error"])
     if json:
         print(json_module.dumps(found, indent=2))
     else:

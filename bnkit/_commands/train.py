@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json as json_module
+import math
 import shlex
 import sys
 import time
@@ -140,15 +141,14 @@ def _recipe(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _configure(given: dict[str, Any], images: ImageSet | Photographs) -> FitConfig:
-    import torch
-
+    from .._devices import chosen_device
     from ..data import Photographs
     from ..train import FitConfig, fast_precision
 
     epochs, batch_size, warmup, evaluations = (
         given[name] for name in ("epochs", "batch_size", "warmup", "evaluations")
     )
-    require(epochs > 0, f"epochs must be positive, got {epochs}: try 10.")
+    require(0 < epochs < math.inf, f"epochs must be positive and finite, got {epochs}: try 10.")
     require(0 <= warmup <= 1, f"warmup is a part of the steps, from 0 to 1, got {warmup}: try 0.05.")
     require(evaluations >= 1, f"evaluations must be 1 or more, got {evaluations}: try 10.")
     require(
@@ -164,9 +164,9 @@ def _configure(given: dict[str, Any], images: ImageSet | Photographs) -> FitConf
         settings["normalize"] = "imagenet" if streamed else "channel"
     if streamed:
         settings["eval_batch_size"] = _PHOTOGRAPHS_AT_ONCE
+    device = chosen_device(settings["device"])
     if settings["precision"] == "auto":
-        on_gpu = settings["device"] in ("auto", "cuda") and torch.cuda.is_available()
-        settings["precision"] = fast_precision(torch.device("cuda" if on_gpu else "cpu"))
+        settings["precision"] = fast_precision(device)
     steps = max(1, round(epochs * (len(images.train_labels) // batch_size)))
     return FitConfig(
         steps=steps,

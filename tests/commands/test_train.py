@@ -177,7 +177,7 @@ def test_a_recipe_of_the_paper(bnkit: Command, pictures: Path):
         (["--shuffle", "none"], "unknown shuffle 'none'"),
         (["--model", "lenet"], "unknown model 'lenet': did you mean lenet5"),
         (["--augment", "crap"], "unknown augmentation 'crap'"),
-        (["--epochs", "0"], r"epochs must be positive, got 0"),
+        (["--epochs", "0"], r"epochs must be positive and finite, got 0"),
         (["--warmup", "2"], r"warmup is a part of the steps, from 0 to 1, got 2"),
         (["--batch-size", "97"], "batch_size must be from 1 to the 96 training images, got 97"),
         (["--schedule", "linear"], "unknown schedule 'linear'"),
