@@ -33,10 +33,12 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     require(path.is_file(), f"there is no file {path}: name a checkpoint that exists.")
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     while isinstance(content, Mapping):
+        # Beside the weights that a program wraps it may keep other tensors, such as its best accuracy.
+        inner = next((content[name] for name in _WRAPPERS if isinstance(content.get(name), Mapping)), None)
         tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
-        if tensors:
+        if inner is None and tensors:
             return tensors
-        content = next((content[name] for name in _WRAPPERS if name in content), None)
+        content = inner
     raise UserError(f"{path} holds no weights by name: save model.state_dict() and use that file.")
 
 

@@ -102,3 +102,17 @@ def test_mismatches_are_named_and_nothing_is_loaded(tmp_path: Path):
     with pytest.raises(UserError, match=r"lacks 0\.weight, 0\.bias, .* and 1 more; has besides weight, bias"):
         load_weights(model, tmp_path / "v.pt")
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_other_tensors_beside_the_weights(tmp_path: Path):
+    source, target = nn.Linear(3, 2), nn.Linear(3, 2)
+    content = {"epoch": 3, "state_dict": source.state_dict(), "best_acc1": torch.tensor(71.5)}  # as torch's examples
+    torch.save(content, tmp_path / "model.pt")
+    load_weights(target, tmp_path / "model.pt")
+    assert torch.equal(target.weight, source.weight)
+
+
+def test_a_folder_is_no_file_to_write(tmp_path: Path):
+    with pytest.raises(UserError, match="it is a folder; name a file"):
+        save_weights(nn.Linear(3, 2), tmp_path)
+    assert not list(tmp_path.iterdir())
