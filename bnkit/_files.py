@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,6 +45,20 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write `text` as UTF-8 to `path`, whole or not at all."""
     with written_aside(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def damaged_entry(path: str | os.PathLike[str]) -> str | None:
+    """The first entry of a zip archive, such as `torch.save` writes, that differs from its checksum.
+
+    None where there is none, and for files of another kind. `torch.load` reads what the bytes say without a check.
+    """
+    if not zipfile.is_zipfile(path):
+        return None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip()
+    except (OSError, ValueError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error):
+        return "the list of entries"
 
 
 def check_writable(folder: str | os.PathLike[str]) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import UserError, require
-from ._files import written_aside
+from ._files import damaged_entry, written_aside
 
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "net", "weights")
 _PREFIXES = ("module.", "_orig_mod.", "model.")
@@ -53,6 +53,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_torch(path: Path) -> Any:
+    damaged = damaged_entry(path)
+    require(damaged is None, f"{path} is damaged, the checksum of {damaged} differs: fetch or save it again.")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # Damaged bytes make the unpickler raise whatever they happen to spell.

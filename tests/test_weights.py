@@ -116,3 +116,14 @@ def test_a_folder_is_no_file_to_write(tmp_path: Path):
     with pytest.raises(UserError, match="it is a folder; name a file"):
         save_weights(nn.Linear(3, 2), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("part", [0.3, 0.5, 0.7])
+def test_a_changed_byte_is_noticed(tmp_path: Path, part: float):
+    path = tmp_path / "w.pt"
+    save_weights(nn.Linear(100, 100), path)
+    content = bytearray(path.read_bytes())
+    content[int(part * len(content))] ^= 0x55
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"w\.pt is damaged, the checksum of .* differs: fetch or save it again"):
+        read_weights(path)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .._checks import UserError, require
-from .._files import written_aside
+from .._files import damaged_entry, written_aside
 from ..data import ImageSet, Photographs
 from ._config import FitConfig
 from ._history import Evaluation
@@ -74,6 +74,8 @@ def load(path: str | os.PathLike[str], run: Run) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     require(path.is_file(), f"there is no checkpoint {path}: name one that exists, or start without.")
+    damaged = damaged_entry(path)
+    require(damaged is None, f"{path} is damaged, the checksum of {damaged} differs: name another, or start without.")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # Damaged bytes make the unpickler raise whatever they happen to spell.
