@@ -102,7 +102,7 @@ def _from_file(path: Path, name: str, options: dict[str, Any]) -> nn.Module:
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise UserError(f"{path} can't be run ({_words(error)}): mend it.") from error
+        raise UserError(f"{path} can't be run ({words_of(error)}): mend it.") from error
     functions = [key for key, value in vars(module).items() if callable(value)]
     if name not in functions:
         raise unknown(f"function of {path}", name, functions)
@@ -113,7 +113,7 @@ def _called(what: str, factory: Any, options: dict[str, Any]) -> nn.Module:
     try:
         model = factory(**options)
     except Exception as error:
-        raise UserError(f"{what} failed ({_words(error)}): see its options.") from error
+        raise UserError(f"{what} failed ({words_of(error)}): see its options.") from error
     require(
         isinstance(model, nn.Module),
         f"{what} must give a torch.nn.Module, got {type(model).__name__}: name a function that builds the model.",
@@ -121,6 +121,6 @@ def _called(what: str, factory: Any, options: dict[str, Any]) -> nn.Module:
     return model
 
 
-def _words(error: Exception) -> str:
+def words_of(error: Exception) -> str:
     """What `error` is and says, on one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._checks import UserError, require
-from ._models import load_model
+from ._models import load_model, words_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -50,4 +50,23 @@ def build_model(recipe: dict[str, Any], images: ImageSet | Photographs) -> nn.Mo
         require(
             recipe["norm"] is None, f"--norm is for bnkit's models, got {name}: leave it out, or convert the model."
         )
-    return load_model(name, options)
+    model = load_model(name, options)
+    _check_takes(model, images.shape, name)
+    return model
+
+
+def _check_takes(model: nn.Module, shape: tuple[int, int, int], name: str) -> None:
+    """Raise unless the model can be called on images (C, H, W) of this shape; nothing in it changes."""
+    import torch
+
+    from .._modes import evaluating
+
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), evaluating(model):
+        try:
+            model(torch.zeros(2, *shape))
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(
+                f"{name} can't take images of shape {shape} ({words_of(error)}): build it for them, or choose others."
+            ) from error

@@ -89,3 +89,8 @@ def test_a_long_list_of_choices_is_cut_short(bnkit: Command) -> None:
     with pytest.raises(UserError, match=r"unknown timm model 'qqqq': choose one of .* and [\d,]+ more\.") as caught:
         bnkit("train", "--model", "timm:qqqq")
     assert len(str(caught.value)) < 4000
+
+
+def test_a_model_for_other_images(bnkit: Command) -> None:
+    words = r"torchvision:resnet18 can't take images of shape \(1, 28, 28\) \(RuntimeError: .* 3 channels.*\): build it"
+    assert_refused(bnkit, words, "train", "--model", "torchvision:resnet18", "--data", "digits", "--out", "run")
