@@ -24,7 +24,14 @@ SkipCorrupt = Annotated[bool, typer.Option("--skip-corrupt", help="Leave out ima
 
 
 def load_data(
-    name: str, data_dir: Path | None, download: bool, image_size: int | None, skip_corrupt: bool, console: Console
+    name: str,
+    data_dir: Path | None,
+    download: bool,
+    image_size: int | None,
+    skip_corrupt: bool,
+    console: Console,
+    *,
+    labels: bool = True,
 ) -> ImageSet:
     """The data set called `name`, read under a progress bar; see `bnkit.data.load`."""
     from .. import data
@@ -37,6 +44,7 @@ def load_data(
             download=download,
             size=image_size,
             skip_corrupt=skip_corrupt,
+            labels=labels,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     if images.skipped:
@@ -52,19 +60,22 @@ def load_for_training(
     image_size: int | None,
     skip_corrupt: bool,
     console: Console,
+    *,
+    labels: bool = True,
 ) -> ImageSet | Photographs:
     """As `load_data`, but images of folders and archives that are to be larger than 64 pixels stay in their files.
 
-    Without `image_size` photographs get the size that the model is made for.
+    Without `image_size` photographs get the size that the model is made for. Without `labels` they may be in no class
+    folders.
     """
     from .. import data
 
     if is_folder(name):
         size = image_size or _side_for(model, name)
         if size > _LARGEST_IN_MEMORY:
-            return data.photographs(name, size, skip_corrupt=skip_corrupt)
+            return data.photographs(name, size, skip_corrupt=skip_corrupt, labels=labels)
         image_size = size
-    return load_data(name, data_dir, download, image_size, skip_corrupt, console)
+    return load_data(name, data_dir, download, image_size, skip_corrupt, console, labels=labels)
 
 
 def is_folder(name: str) -> bool:

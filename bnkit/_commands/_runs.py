@@ -42,7 +42,8 @@ def build_model(recipe: dict[str, Any], images: ImageSet | Photographs) -> nn.Mo
     if ":" not in name or name.startswith("bnkit:"):
         taken = {option.partition("=")[0] for option in options}
         channels, side, _ = images.shape
-        given = {"num_classes": images.num_classes, "in_channels": channels, "norm": recipe["norm"]}
+        num_classes = images.num_classes if images.num_classes > 1 else None  # one class stands for no labels
+        given = {"num_classes": num_classes, "in_channels": channels, "norm": recipe["norm"]}
         if "image_size" in models.options(name.removeprefix("bnkit:")):
             given["image_size"] = side
         options += [f"{key}={value}" for key, value in given.items() if value is not None and key not in taken]

@@ -118,7 +118,7 @@ def run(
         require(not out.is_dir(), f"--out must be a file, got the folder {out}: name a file in it.")
         check_writable(out.parent)
     console = Console(stderr=as_json, quiet=not first)
-    images = load_for_training(recipe["model"], **source, console=console)
+    images = load_for_training(recipe["model"], **source, console=console, labels=False)
     model = build_model(recipe, images)
     load_weights(model, checkpoint)
     batches = Images(images, split, normalize, batch_size)

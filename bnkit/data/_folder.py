@@ -18,7 +18,9 @@ from ._tree import arrange
 Progress = Callable[[int, int], None]
 
 
-def load_folder(path: Path, size: int, skip_corrupt: bool, progress: Progress | None) -> ImageSet:
+def load_folder(
+    path: Path, size: int, skip_corrupt: bool, progress: Progress | None, *, labels: bool = True
+) -> ImageSet:
     """Read class folders of images, in a folder or a zip archive; `arrange` says what is of which class and split.
 
     The images become RGB, or gray if all of them are.
@@ -28,13 +30,14 @@ def load_folder(path: Path, size: int, skip_corrupt: bool, progress: Progress | 
         size: side of the square images made by `decode`.
         skip_corrupt: leave out files that can't be read, and name them in `skipped`; else the first is an error.
         progress: called with the number of files read and the number of all.
+        labels: see `arrange`.
 
     Raises:
         UserError: see `arrange`; or a file can't be read; or, without those, a class has no training image or no
             class a test image.
     """
     source = open_directory(path) if path.is_dir() else open_zip(path)
-    arrangement = arrange(source)
+    arrangement = arrange(source, labels=labels)
     reader = _Reader(source, size, skip_corrupt, len(arrangement.train) + len(arrangement.test), progress)
     train_images, train_labels = reader.read(arrangement.train)
     test_images, test_labels = reader.read(arrangement.test)

@@ -32,6 +32,7 @@ def load(
     download: bool = False,
     size: int | None = None,
     skip_corrupt: bool = False,
+    labels: bool = True,
     progress: Progress | None = None,
 ) -> ImageSet:
     """Load a whole data set into memory.
@@ -49,6 +50,8 @@ def load(
         size: height and width of the images. Default: as they are, and 32 for folders. Images from folders keep
             their aspect ratio: the short side is resized, then the centre cropped. Resizing is antialiased.
         skip_corrupt: leave out image files of a folder that can't be read; `ImageSet.skipped` names them.
+        labels: False also takes a folder of images without class folders, as one class, all of them for training and
+            all for testing.
         progress: called with the number of image files of a folder read so far and the number of all.
 
     Raises:
@@ -57,7 +60,7 @@ def load(
     require(size is None or size >= 1, f"the image size must be at least 1, got {size}: choose a larger one.")
     name = os.fspath(name_or_path)
     if name not in names():
-        return load_folder(_existing(name), size or _DEFAULT_SIZE, skip_corrupt, progress)
+        return load_folder(_existing(name), size or _DEFAULT_SIZE, skip_corrupt, progress, labels=labels)
     if name == "digits":
         images = load_digits()
     else:

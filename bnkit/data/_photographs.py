@@ -151,7 +151,9 @@ def _mixed(*numbers: int) -> int:
     return random.Random(repr(numbers)).getrandbits(63)
 
 
-def photographs(path: str | os.PathLike[str], size: int = 224, *, skip_corrupt: bool = False) -> Photographs:
+def photographs(
+    path: str | os.PathLike[str], size: int = 224, *, skip_corrupt: bool = False, labels: bool = True
+) -> Photographs:
     """The photographs in a folder or a `.zip` archive of class folders, arranged as `load` arranges them.
 
     Unlike `load`, this reads no image: they may be more than fit into memory. `fit` decodes them as it goes, in
@@ -162,6 +164,7 @@ def photographs(path: str | os.PathLike[str], size: int = 224, *, skip_corrupt: 
         size: side of the squares cut out of the photographs: at random places and scales in training, if so
             augmented, and from the centre in tests.
         skip_corrupt: leave out photographs that can't be read, instead of stopping at the first.
+        labels: False also takes photographs in no class folders, as `load` does.
 
     Raises:
         UserError: there is no such folder, or it is not as described.
@@ -169,7 +172,7 @@ def photographs(path: str | os.PathLike[str], size: int = 224, *, skip_corrupt: 
     require(size >= 1, f"the image size must be at least 1, got {size}: choose a larger one.")
     path = Path(path).expanduser()
     source = opened_source(path)
-    arrangement = arrange(source)
+    arrangement = arrange(source, labels=labels)
     require(bool(arrangement.test), f"no test images in {path}: give at least one class two images or more.")
     train_files, train_labels = zip(*arrangement.train, strict=True)
     test_files, test_labels = zip(*arrangement.test, strict=True)

@@ -22,7 +22,7 @@ class Arrangement:
     test: tuple[tuple[str, int], ...]
 
 
-def arrange(source: Source) -> Arrangement:
+def arrange(source: Source, *, labels: bool = True) -> Arrangement:
     """Sort the files of `source` into classes and into training and test examples.
 
     A class is a folder, its images all those below it, its label its place in the sorted names, as in torchvision's
@@ -30,6 +30,8 @@ def arrange(source: Source) -> Arrangement:
     class gives a fifth of its images to the test: those whose paths within it have the smallest SHA-256, so that the
     choice changes neither from run to run nor from machine to machine, and doesn't follow the order of the names.
     A lone folder around all of this is entered.
+
+    Without `labels`, images that are in no class folders are of one class, for training and for testing alike.
 
     Raises:
         UserError: there are no images, no class folders, only one, an empty one, or train and test differ in classes.
@@ -40,6 +42,9 @@ def arrange(source: Source) -> Arrangement:
     )
     root = _enter(source)
     parts = _subfolders(source, root)
+    if not labels and not parts:
+        every = _labelled({"images": list(source.files)})
+        return Arrangement(("images",), every, every)
     test_folder = next((name for name in _TEST_FOLDERS if name in parts), None)
     if "train" not in parts or test_folder is None:
         return _split(_class_files(source, root), root)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from typer.testing import Result
 
 from bnkit import UserError, adapt, models, recalibrate
 from bnkit._weights import load_weights, read_weights, save_weights
-from bnkit.data import IMAGENET_MEAN, IMAGENET_STD, photographs
+from bnkit.data import IMAGENET_MEAN, IMAGENET_STD, load, photographs
 
 Command = Callable[..., Result]
 MODEL = ["bnkit:squeezenet1_1", "--norm", "batch", "-o", "num_classes=2"]
@@ -78,3 +79,35 @@ def test_a_photograph_that_can_not_be_read(bnkit: Command, folder: Path, checkpo
     assert not Path("after.pt").exists()
     bnkit(*arguments, "--out", "after.pt", "--skip-corrupt")
     assert read_weights(Path("after.pt"))
+
+
+@pytest.mark.parametrize(("name", "model"), [("adapt", 224), ("recalibrate", 32)])
+def test_images_without_labels(bnkit: Command, tmp_path: Path, name: str, model: int) -> None:
+    generator = np.random.default_rng(0)
+    for i in range(5):
+        pixels = generator.integers(0, 256, (40, 60, 3), dtype=np.uint8)
+        (tmp_path / "flat").mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / "flat" / f"{i}.png")
+    network = models.create("resnet20", num_classes=7, image_size=model)
+    save_weights(network, tmp_path / "before.pt")
+    options = ["-o", "num_classes=7", "--image-size", model, "--data", "flat", "--normalize", "unit", "--out", "a.pt"]
+    result = bnkit(name, "resnet20", "before.pt", *options, "--json")
+    assert json.loads(result.stdout)["batches"] == 1
+    images = photographs(tmp_path / "flat", model, labels=False)
+    if model > 64:
+        examples = images.test_examples()
+        pixels = torch.stack([e[0] for i in range(5) if not isinstance(e := examples[i, 0], str)])
+    else:
+        pixels = load(tmp_path / "flat", size=model, labels=False).train_images
+    assert len(pixels) == 5
+    {"adapt": adapt, "recalibrate": recalibrate}[name](network, [pixels / 255])
+    found = read_weights(Path("a.pt"))
+    for key, value in network.state_dict().items():
+        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-4)
+
+
+def test_training_needs_labels(bnkit: Command, tmp_path: Path) -> None:
+    (tmp_path / "flat").mkdir()
+    Image.fromarray(np.zeros((9, 9, 3), dtype=np.uint8)).save(tmp_path / "flat" / "a.png")
+    with pytest.raises(UserError, match="no class folders in"):
+        bnkit("train", "--data", "flat")
