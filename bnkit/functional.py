@@ -128,12 +128,15 @@ def _check_absent(running_mean: Tensor | None, running_var: Tensor | None, train
         raise UserError("running_mean and running_var must either both be None or neither be None; pass the other too.")
     if not training:
         name = "running_mean" if running_mean is None else "running_var"
-        raise RuntimeError(f"{name} must be defined in evaluation mode")
+        raise RuntimeError(f"{name} must be defined in evaluation mode, got None: pass it, or training=True.")
 
 
 def _check_size(name: str, tensor: Tensor | None, channels: int) -> None:
     if tensor is not None and tensor.numel() != channels:
-        raise RuntimeError(f"{name} should contain {channels} elements not {tensor.numel()}")
+        raise RuntimeError(
+            f"{name} should contain {channels} elements not {tensor.numel()}, one for each channel (dimension 1) of "
+            f"the input: make it of {channels} channels, or move the input's channels to dimension 1."
+        )
 
 
 def _check_values(x: Tensor, training: bool, eps: float, activation: str | None) -> None:

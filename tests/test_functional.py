@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from oracle import ACTIVATIONS, Case, make_case
 
+import bnkit
 from bnkit.functional import batch_norm
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -310,6 +311,15 @@ def test_errors_of_our_own(name):
     call, kind, message = OUR_ERRORS[name]
     with pytest.raises(kind, match=message):
         call(batch_norm)
+
+
+@pytest.mark.parametrize("layer", [bnkit.nn.BatchNorm1d, bnkit.nn.BatchNorm2d, bnkit.nn.BatchNorm3d])
+def test_a_layer_tells_its_dimensions_and_channels(layer):
+    dims = int(layer.__name__[-2])
+    with pytest.raises(RuntimeError, match=r"should contain 3 elements not 4, .*: make it of 3 channels, or move"):
+        layer(4)(torch.randn(2, 3, *[5] * dims))
+    with pytest.raises(ValueError, match=rf"^expected .*D input \(got {dims + 3}D input\): reshape it, or"):
+        layer(4)(torch.randn(2, 4, *[5] * (dims + 1)))
 
 
 def test_an_error_leaves_the_running_statistics_alone():

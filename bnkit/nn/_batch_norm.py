@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import functional
-from .._checks import require, unknown
+from .._checks import UserError, require, unknown
 from ..moments import statistics_dtype
 from ..ops import ACTIVATIONS
 
@@ -108,6 +108,15 @@ class BatchNorm(_BatchNorm):
             return self._normalize_and_track(input, residual, mean, var, count)
         with undone_if_nonfinite(*(statistic for statistic in (mean, var, count) if statistic is not None)):
             return self._normalize_and_track(input, residual, mean, var, count)
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        try:
+            super()._check_input_dim(input)
+        except ValueError as error:  # torch's, which lacks the remedy
+            raise UserError(
+                f"{error}: reshape it, or take the layer of its dimensions, BatchNorm1d for (N, C) and (N, C, L), "
+                "BatchNorm2d for (N, C, H, W), BatchNorm3d for (N, C, D, H, W)."
+            ) from None
 
     def _normalize_and_track(
         self, input: Tensor, residual: Tensor | None, mean: Tensor | None, var: Tensor | None, count: Tensor | None

@@ -137,7 +137,8 @@ def _batch_norm_statistics_kernel(
     counts = tl.load(partial_ptr, mask=exists, other=0.0)
     means = tl.load(partial_ptr + SPLITS * C, mask=exists, other=0.0)
     m2 = tl.load(partial_ptr + 2 * SPLITS * C, mask=exists, other=0.0)
-    mean = tl.sum(counts * means, axis=0) / count
+    # Not by `count`: as float32 that is not exact beyond 2²⁴ values, and a large mean would show it.
+    mean = tl.sum(counts * means, axis=0) / tl.maximum(tl.sum(counts, axis=0), 1.0)
     apart = means - mean[None, :]
     var = (tl.sum(m2 + counts * apart * apart, axis=0) / count).to(tl.float32)
     _write_statistics(mean, var, c, C, running_mean_ptr, running_var_ptr, mean_ptr, invstd_ptr, unbias, momentum, eps)

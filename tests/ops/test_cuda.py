@@ -294,3 +294,20 @@ def test_what_is_served_on_a_gpu():
     assert not cuda.supports(x, (c[:1].expand(3), c, c, c), None)
     assert not cuda.supports(x, (c, c, c, c), x.bfloat16())
     assert not cuda.supports(x, (c, c, c, c), x.cpu())
+
+
+def test_a_mean_of_more_values_than_float32_counts(device):
+    """2²⁴ + 1 values in two parts, with means large against the deviation."""
+    forward = importlib.import_module("bnkit.ops._triton_forward")
+    counts, means = (2.0**23 + 1, 2.0**23), (1e4, 1e4 + 1e-3)
+    total = sum(counts)
+    partials = torch.tensor([counts, means, (total * 1e-4, 0.0)], dtype=torch.float64).view(3, 2, 1).to(device)
+    mean = torch.empty(1, dtype=torch.float64, device=device)
+    invstd = torch.empty(1, device=device)
+    merge = forward.merging(2, 1)
+    as_compiled = float(torch.tensor(total, dtype=torch.float32))  # the interpreter would keep all digits
+    numbers = (as_compiled, total / (total - 1), 0.1, 1e-5)
+    forward._batch_norm_statistics_kernel[(1,)](partials, None, None, mean, invstd, 1, 2, *numbers, **merge)
+    exact = (counts[0] * means[0] + counts[1] * means[1]) / total
+    assert abs(mean.item() - exact) < 1e-9
+    assert abs(invstd.item() - (1e-4 + 0.25e-6 + 1e-5) ** -0.5) < 1e-4
