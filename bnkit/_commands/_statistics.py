@@ -62,9 +62,8 @@ class Decoded:
         train = split == "train"
         self._examples = photographs.calibration_examples() if train else photographs.test_examples()
         self._skip_corrupt = photographs.skip_corrupt
-        keys = [(i, 0) for i in range(len(self._examples))]
-        parts = [keys[first : first + batch_size] for first in range(0, len(keys), batch_size)]
-        self._keys = parts[rank() :: world_size()]
+        parts = _mixed(len(self._examples)).split(batch_size)[rank() :: world_size()]
+        self._keys = [[(i, 0) for i in part.tolist()] for part in parts]
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -137,7 +136,17 @@ def _parts(images: ImageSet | Photographs, split: str, batch_size: int) -> Decod
     if isinstance(images, Photographs):
         return Decoded(images, split, batch_size)
     pixels = images.train_images if split == "train" else images.test_images
-    return pixels.split(batch_size)[rank() :: world_size()]
+    return pixels[_mixed(len(pixels))].split(batch_size)[rank() :: world_size()]
+
+
+def _mixed(count: int) -> Tensor:
+    """An order in which each batch has images of all classes, where folders are read class by class; always the same.
+
+    Statistics of a batch, and so what later layers see of it, would else be those of a single class.
+    """
+    import torch
+
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))
 
 
 def _moments(images: ImageSet | Photographs, normalize: str) -> tuple[Tensor, Tensor]:

@@ -35,7 +35,8 @@ def network(path: Path):
 def digits(split: str = "train") -> list[torch.Tensor]:
     images = load("digits")
     pixels = getattr(images, f"{split}_images").float() / 255
-    return list(((pixels - images.mean) / images.std).split(100))
+    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
+    return list(((pixels - images.mean) / images.std)[order].split(100))
 
 
 def call(*arguments: object):
