@@ -143,8 +143,10 @@ def measure(
 
 def _insert_behind(operation: Operation, site: Site, norm: Norm, moments: Moments | None) -> str:
     layer: Any = site.module
-    bn = _make(norm, site, layer.weight)
-    mean, var = _statistics(site, moments, layer.weight)
+    with evaluating(layer):  # in training mode, spectral norm moves on each time that its weight is looked at
+        weight = layer.weight
+    bn = _make(norm, site, weight)
+    mean, var = _statistics(site, moments, weight)
     bias = layer.bias.detach().double() if site.absorbs else torch.zeros_like(mean)
     with torch.no_grad():
         bn.running_mean.copy_(mean - bias if moments is not None else mean)

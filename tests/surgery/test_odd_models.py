@@ -160,3 +160,15 @@ def test_lbfgs_keeps_its_history_where_shapes_stay():
     steps = optimizer.state[key]["n_iter"]
     optimizer.step(closure)
     assert optimizer.state[key]["n_iter"] > steps
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_insertion_does_not_move_spectral_norm(training):
+    torch.manual_seed(0)
+    normed = nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 3, 3))
+    model = nn.Sequential(normed, nn.ReLU(), nn.Conv2d(3, 2, 1)).double().train(training)
+    x = torch.randn(4, 3, 6, 6, dtype=torch.float64)
+    surgery = insert(model, [x])
+    assert "0" in surgery.changed
+    assert surgery.model.training is training
+    torch.testing.assert_close(surgery.model.eval()(x), model.eval()(x), rtol=1e-10, atol=1e-10)
