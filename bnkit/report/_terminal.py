@@ -32,11 +32,12 @@ def print_page(page: Page, console: Console) -> None:
 
 
 def print_table(table: Table, console: Console) -> None:
-    """Print a table; one that is too wide for the console is turned, its columns becoming rows."""
+    """Print a table; one too wide for the console is turned, its columns becoming rows, if that makes it narrower."""
     grid = _grid(table.title, table.columns, table.rows)
     if _width(grid, console) > console.width:
         lines = list(zip(table.columns, *table.rows, strict=True))
-        grid = _grid(table.title, lines[0], lines[1:])
+        turned = _grid(table.title, lines[0], lines[1:])
+        grid = min(grid, turned, key=lambda one: _width(one, console))
     console.print(grid)
     if table.note:
         console.print(_text(table.note, "dim"))

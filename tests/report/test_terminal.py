@@ -41,6 +41,11 @@ def test_a_table_too_wide_is_turned() -> None:
     assert max(map(len, narrow)) <= 80
 
 
+def test_a_table_with_many_rows_is_not_turned() -> None:
+    table = Table("Speed", ["a rather long name of a column", "another such name"], [["net", "1"]] * 20)
+    assert sum(line.split() == ["net", "1"] for line in _lines(table, 40)) == 20
+
+
 def test_markup_and_escape_codes_in_names_are_only_text() -> None:
     lines = _lines(Table("[bold]t[/bold]", ["a"], [["[red]x[/red] \x1b[31m"]]), 80)
     assert lines[0] == "[bold]t[/bold]"
