@@ -18,6 +18,7 @@ import torch
 
 from .. import models
 from .._checks import require, unknown
+from .._devices import chosen_device
 from .._environment import describe_machine
 from ..data import ImageSet, load
 from ..train import FitConfig
@@ -174,7 +175,7 @@ def compare(
     run = _run_stacked if config.stacked else _run_separately
     with _threads(config.threads):
         result = Comparison(config, [], [], None, None, 0.0, describe_machine(), data.skipped)
-        run(result, data, _device(config.device), progress)
+        run(result, data, chosen_device(config.device, ("cuda", "cpu")), progress)
     result.seconds = time.perf_counter() - start
     return result
 
@@ -187,14 +188,6 @@ def _threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    require(name in ("cpu", "cuda"), f"the device must be auto, cpu or cuda, got {name}.")
-    require(name == "cpu" or torch.cuda.is_available(), "there is no CUDA device here: use --device cpu.")
-    return torch.device(name)
 
 
 def _records(config: CompareConfig, configurations: Iterable[Configuration], suffix: str = "") -> list[NetRecord]:

@@ -211,5 +211,5 @@ def test_batch_larger_than_the_data(digits):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 def test_absent_device(digits):
-    with pytest.raises(UserError, match="no CUDA device here"):
+    with pytest.raises(UserError, match="no cuda device"):
         compare(CompareConfig(device="cuda"), digits)
