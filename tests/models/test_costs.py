@@ -254,7 +254,12 @@ def test_the_command_prints_a_table_and_json() -> None:
 
 
 def test_the_command_says_which_models_do_not_take_the_norm() -> None:
-    result = CliRunner().invoke(app, ["models", "mlp", "--norm", "instance", "--json"])
-    assert "norm 'instance' needs images" in json.loads(result.stdout)["mlp"]["error"]
+    result = CliRunner().invoke(app, ["models", "[ls][eq]*net[15]_*", "--norm", "instance", "--json"])
+    found = json.loads(result.stdout)
+    assert "norm 'instance' needs images" in found["lenet5_1998"]["error"]
+    assert found["squeezenet1_1"]["parameters"] > 1e6
+    result = CliRunner().invoke(app, ["models", "mlp", "--norm", "instance"])
+    assert isinstance(result.exception, UserError)
+    assert "norm 'instance' needs images" in str(result.exception)
     result = CliRunner().invoke(app, ["models", "nothing"])
     assert isinstance(result.exception, UserError)

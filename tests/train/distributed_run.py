@@ -21,4 +21,5 @@ def run(devices: int, checkpoint: str) -> History:
 
 
 if __name__ == "__main__":
-    print(run(int(os.environ["WORLD_SIZE"]), sys.argv[1]).final)
+    # One write: print's second one, of the line's end, may come after the other process's line.
+    sys.stdout.write(f"{run(int(os.environ['WORLD_SIZE']), sys.argv[1]).final}\n")
