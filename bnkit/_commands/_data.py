@@ -23,7 +23,8 @@ ImageSize = Annotated[
 SkipCorrupt = Annotated[bool, typer.Option("--skip-corrupt", help="Leave out images that can't be read.")]
 
 
-def load_data(
+def load_for_training(
+    model: str,
     name: str,
     data_dir: Path | None,
     download: bool,
@@ -32,10 +33,19 @@ def load_data(
     console: Console,
     *,
     labels: bool = True,
-) -> ImageSet:
-    """The data set called `name`, read under a progress bar; see `bnkit.data.load`."""
+) -> ImageSet | Photographs:
+    """The data set called `name`, read under a progress bar; see `bnkit.data.load`.
+
+    Images of folders and archives that are to be larger than 64 pixels stay in their files, and are not read. Without
+    `image_size` photographs get the size that the model is made for. Without `labels` they may be in no class folders.
+    """
     from .. import data
 
+    if is_folder(name):
+        size = image_size or _side_for(model, name)
+        if size > _LARGEST_IN_MEMORY:
+            return data.photographs(name, size, skip_corrupt=skip_corrupt, labels=labels)
+        image_size = size
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("reading images", total=None)
         images = data.load(
@@ -50,32 +60,6 @@ def load_data(
     if images.skipped:
         console.print(f"{len(images.skipped)} unreadable images are left out.")
     return images
-
-
-def load_for_training(
-    model: str,
-    name: str,
-    data_dir: Path | None,
-    download: bool,
-    image_size: int | None,
-    skip_corrupt: bool,
-    console: Console,
-    *,
-    labels: bool = True,
-) -> ImageSet | Photographs:
-    """As `load_data`, but images of folders and archives that are to be larger than 64 pixels stay in their files.
-
-    Without `image_size` photographs get the size that the model is made for. Without `labels` they may be in no class
-    folders.
-    """
-    from .. import data
-
-    if is_folder(name):
-        size = image_size or _side_for(model, name)
-        if size > _LARGEST_IN_MEMORY:
-            return data.photographs(name, size, skip_corrupt=skip_corrupt, labels=labels)
-        image_size = size
-    return load_data(name, data_dir, download, image_size, skip_corrupt, console, labels=labels)
 
 
 def is_folder(name: str) -> bool:

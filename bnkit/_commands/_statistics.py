@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from ..data import Example, ImageSet, Photographs
+    from ..data import ImageSet, Photographs
     from ..population import Recalibration
 
 Checkpoint = Annotated[Path, typer.Argument(help="The weights: safetensors, or torch.save data.")]
@@ -34,8 +34,6 @@ BatchSize = Annotated[int, typer.Option(help="Images a batch.")]
 NumBatches = Annotated[int | None, typer.Option("--batches", help="How many batches to use.  [default: all]")]
 SkipNonfinite = Annotated[bool, typer.Option("--skip-nonfinite", help="Leave out batches with NaN or infinity.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-
-_MOST_WORKERS = 8
 
 Measure = Callable[["nn.Module", "Images"], "Recalibration"]
 
@@ -69,29 +67,23 @@ class Decoded:
         return len(self._keys)
 
     def __iter__(self) -> Iterator[Tensor]:
-        import torch
         from torch.utils.data import DataLoader
 
-        workers = min(_MOST_WORKERS, max(1, (os.cpu_count() or 1) // world_size()))
+        from ..data import collated, usual_workers
+
         loader: Any = DataLoader(
             self._examples,
             batch_sampler=self._keys,  # pyright: ignore[reportArgumentType]
-            num_workers=workers,
-            collate_fn=_as_they_are,
+            num_workers=usual_workers(world_size()),
+            collate_fn=collated,
         )
-        for examples in loader:
-            images = [example[0] for example in examples if not isinstance(example, str)]
-            fault = next((example for example in examples if isinstance(example, str)), "")
+        for images, _, fault in loader:
             require(
                 not fault or self._skip_corrupt,
                 f"{fault}: replace or remove it, or leave such files out with --skip-corrupt.",
             )
-            if images:
-                yield torch.stack(images)
-
-
-def _as_they_are(examples: list[Example]) -> list[Example]:
-    return examples
+            if len(images):
+                yield images
 
 
 def run(

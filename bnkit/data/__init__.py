@@ -1,6 +1,7 @@
 """Labelled images, whole in memory or in files, the order to visit them in, and random changes of them."""
 
 from ._augment import Augmentation
+from ._decoding import collated, usual_workers
 from ._image_set import ImageSet
 from ._imagenet import IMAGENET_MEAN, IMAGENET_STD
 from ._load import load, names
@@ -17,8 +18,10 @@ __all__ = [
     "Examples",
     "ImageSet",
     "Photographs",
+    "collated",
     "load",
     "names",
     "photographs",
     "usual_side",
+    "usual_workers",
 ]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .. import models
 from ..data import ImageSet
 from ._record import PERCENTILES, Configuration, Snapshot
-from ._side_by_side import one_thread, possible, side_by_side
+from ._side_by_side import possible, side_by_side, threads
 from ._stacked_mlp import StackedMLP
 from ._task import TEST_CHUNK, Task, batches
 
@@ -154,7 +154,7 @@ def _percentiles(z: Tensor) -> np.ndarray:
 def step_seconds(stack: StackedMLP, task: Task, batch_size: int, count: int = 300) -> float:
     """Median seconds of one training step, data included; the stack is trained meanwhile."""
     steps, times = batches(task, list(range(stack.shape[1])), batch_size), []
-    with one_thread():
+    with threads(1):
         for _ in range(count):
             start = time.perf_counter()
             stack.step(*next(steps))

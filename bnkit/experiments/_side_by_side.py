@@ -35,7 +35,7 @@ def side_by_side(calls: Sequence[Call]) -> Iterator[Callable[[Any], list]]:
         it raises.
     """
     if len(calls) == 1:
-        with one_thread():
+        with threads(1):
             yield lambda argument: [calls[0](argument)]
         return
     with contextlib.ExitStack() as stack:
@@ -50,14 +50,14 @@ def side_by_side(calls: Sequence[Call]) -> Iterator[Callable[[Any], list]]:
 
 
 @contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Run PyTorch's operators without further threads, which would only wait for each other in small ones."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def threads(count: int | None) -> Iterator[None]:
+    """Run PyTorch's operators on `count` threads, by default as many as now. In small ones several only wait."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
 class _Forked:

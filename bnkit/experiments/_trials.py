@@ -80,11 +80,17 @@ def is_better(a: Outcome, b: Outcome) -> bool:
     return a.accuracy - b.accuracy > a.deviation + b.deviation
 
 
-def relation(other: Outcome, base: Outcome, neither: str = "no different beyond the noise") -> str:
-    """How the accuracy of one compares with the base's, in words: higher, lower or `neither`."""
+def relation(
+    other: Outcome,
+    base: Outcome,
+    neither: str = "no different beyond the noise",
+    higher: str = "higher",
+    lower: str = "lower",
+) -> str:
+    """How the accuracy of one compares with the base's, in words."""
     if is_better(other, base):
-        return "higher"
-    return "lower" if is_better(base, other) else neither
+        return higher
+    return lower if is_better(base, other) else neither
 
 
 def accuracy_table(trials: Sequence[Trial], title: str, note: str = "") -> Table:

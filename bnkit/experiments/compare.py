@@ -9,9 +9,8 @@ at its own best.
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +26,7 @@ from ._lockstep import create_stack, create_stacks, evaluation_steps, step_secon
 from ._progress import Progress, Silent
 from ._record import Configuration, NetRecord, label_of
 from ._separate import train_separately
+from ._side_by_side import threads
 from ._task import Task
 
 PAPER_RATE = 0.5
@@ -173,21 +173,11 @@ def compare(
         f"the batch size must not exceed the {len(data.train_images)} training images, got {config.batch_size}.",
     )
     run = _run_stacked if config.stacked else _run_separately
-    with _threads(config.threads):
+    with threads(config.threads):
         result = Comparison(config, [], [], None, None, 0.0, describe_machine(), data.skipped)
         run(result, data, chosen_device(config.device, ("cuda", "cpu")), progress)
     result.seconds = time.perf_counter() - start
     return result
-
-
-@contextlib.contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _records(config: CompareConfig, configurations: Iterable[Configuration], suffix: str = "") -> list[NetRecord]:

@@ -23,7 +23,7 @@ from ..report import Page
 from ..train import Diverged, FitConfig, fit
 from ._progress import Progress, Silent
 from ._small_runs import run_trials
-from ._trials import Outcome, Trial, accuracy_table, best_of, is_better
+from ._trials import Outcome, Trial, accuracy_table, best_of, relation
 
 CLAIM = (
     "With two images a batch, batch renormalization (Ioffe 2017) and group normalization (Wu and He 2018) reach a "
@@ -158,9 +158,5 @@ def summary(result: SmallBatches) -> list[str]:
 
 
 def _verdict(other: Outcome, batch: Outcome) -> str:
-    relation = "no better or worse than the noise"
-    if is_better(other, batch):
-        relation = "better"
-    elif is_better(batch, other):
-        relation = "worse"
-    return f"{_NAMES[other.arm]} reaches {other} (rate {other.rate:g}): {relation}."
+    words = relation(other, batch, "no better or worse than the noise", "better", "worse")
+    return f"{_NAMES[other.arm]} reaches {other} (rate {other.rate:g}): {words}."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -12,16 +11,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from .._checks import require
-from ..data import Augmentation, BatchOrder, Examples, Photographs
-from ..data import Example as Decoded
+from ..data import Augmentation, BatchOrder, Examples, Photographs, collated, usual_workers
 from ._config import FitConfig
 from ._devices import Devices
 from ._normalize import Normalization
 
-_MOST_WORKERS = 8
-
 Keys = list[tuple[int, int]]
-Loaded = tuple[Tensor, Tensor, str]
 
 
 class PhotographBatches:
@@ -73,13 +68,13 @@ class PhotographBatches:
         """A loader, whose workers, if it is kept, wait for the next time: to start them costs a large process seconds,
         in which its memory is copied page by page.
         """
-        workers = self._workers()
+        workers = usual_workers(self._devices.world) if self._config.workers is None else self._config.workers
         return DataLoader(
             examples,
             batch_sampler=keys,  # pyright: ignore[reportArgumentType]
             num_workers=workers,
             persistent_workers=kept and workers > 0,
-            collate_fn=_collated,
+            collate_fn=collated,
             pin_memory=self._devices.device.type == "cuda",
             generator=torch.Generator(),  # else it would draw from the run's own random numbers
         )
@@ -94,19 +89,6 @@ class PhotographBatches:
             require(len(images) > 0, f"no photograph of a batch could be read; one reason: {fault}; replace them.")
             yield self._normalized(images.to(device, non_blocking=True)), labels.to(device, non_blocking=True)
 
-    def _workers(self) -> int:
-        if self._config.workers is not None:
-            return self._config.workers
-        return min(_MOST_WORKERS, max(1, (os.cpu_count() or 1) // self._devices.world))
-
 
 def _split(index: range, batch_size: int) -> list[Keys]:
     return [[(i, 0) for i in index[first : first + batch_size]] for first in range(0, len(index), batch_size)]
-
-
-def _collated(examples: list[Decoded]) -> Loaded:
-    """Images (n, 3, H, W) and labels of those that could be read, and why the first other one could not."""
-    read = [example for example in examples if not isinstance(example, str)]
-    fault = next((example for example in examples if isinstance(example, str)), "")
-    images = torch.stack([image for image, _ in read]) if read else torch.empty(0)
-    return images, torch.tensor([label for _, label in read], dtype=torch.int64), fault
