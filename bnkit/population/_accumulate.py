@@ -51,10 +51,10 @@ def accumulation(model: nn.Module) -> Iterator[None]:
     refuse_compiled(model, "accumulation")
     inner = unwrapped(model)
     layers = {name: layer for name, layer in measurable(inner)[0].items() if layer.training}
-    pools = {name: Pooled(layer) for name, layer in layers.items()}
+    pools = {name: Pooled({name: layer}) for name, layer in layers.items()}
     with preserve_statistics(inner), hooked(_hooks(layers, pools)):
         yield
-    updates = {layer: _updated(layer, pools[name]) for name, layer in layers.items()}
+    updates = {layer: _updated(name, layer, pools[name]) for name, layer in layers.items()}
     write({layer: update for layer, update in updates.items() if update is not None})
 
 
@@ -71,16 +71,16 @@ def _hooks(layers: Mapping[str, _BatchNorm], pools: Mapping[str, Pooled]) -> Ite
             with torch.no_grad():
                 moments = moments_of(x)
             if not getattr(layer, "skip_nonfinite", False) or finite(moments):
-                pools[name].add(Reading(name, moments, x.shape[0]))
+                pools[name].add([Reading(name, moments, x.shape[0])])
 
         yield layer.register_forward_pre_hook(take_in, with_kwargs=True)
 
 
-def _updated(layer: _BatchNorm, pool: Pooled) -> tuple[Statistics, int] | None:
+def _updated(name: str, layer: _BatchNorm, pool: Pooled) -> tuple[Statistics, int] | None:
     """The layer's running statistics and count after one update with the pool; None if that holds no variance."""
     if isinstance(layer, (nn.SyncBatchNorm, SyncBatchNorm)) and dist.is_initialized():
         pool.all_reduce(layer.process_group)
-    new = pool.statistics()
+    new = pool.found()[name].after
     if new is None:
         return None
     count = tracked(layer) + 1

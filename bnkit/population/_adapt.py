@@ -12,8 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .._checks import require, unknown
 from ..graph import Forward
 from ..moments import Moments
-from ._estimate import Estimator, Pooled
-from ._layers import statistics_of
+from ._estimate import Estimator, Found, Pooled
 from ._measure import Policy, Reading, Statistics
 from ._passes import Job, conclude, measure
 from ._progress import Progress
@@ -69,51 +68,52 @@ def adapt(
         raise unknown("method", method, ("pooled", "layerwise"))
     job = Job(model, data, forward, num_batches, skip_nonfinite, Ranks(distributed, group), progress)
 
-    def new_estimator(layer: _BatchNorm) -> Blend:
-        return Blend(layer, source_weight)
+    def new_estimator(layers: Mapping[str, _BatchNorm]) -> Blend:
+        return Blend(layers, source_weight)
 
-    estimators = measure(job, new_estimator, method == "layerwise", _blend_so_far)
-    targets = {name: e.target() if isinstance(e, Blend) else None for name, e in estimators.items()}
-    blends = {name: estimator.statistics() for name, estimator in estimators.items()}
-    return conclude(job, f"adapted, {method}", estimators, targets, blends, dict.fromkeys(estimators))
+    found = measure(job, new_estimator, method == "layerwise", _blend_so_far)
+    return conclude(job, f"adapted, {method}", found, dict.fromkeys(found))
 
 
 class Blend(Pooled):
     """The source's statistics and those of the target's values, weighted by samples."""
 
-    def __init__(self, layer: _BatchNorm, source_weight: float) -> None:
-        super().__init__(layer)
-        self._source = [tensor.to(self.moments.mean.dtype) for tensor in statistics_of(layer)]
+    def __init__(self, layers: Mapping[str, _BatchNorm], source_weight: float) -> None:
+        super().__init__(layers)
+        self._source = self._by_layer(*self._own_statistics())
         self._source_weight = source_weight
 
-    def target(self) -> Statistics | None:
-        """Mean and unbiased variance of the target; the variance of a single value is the source's."""
-        if self.samples == 0:
-            return None
-        var = self.moments.variance(unbiased=True) if int(self.moments.count) > 1 else self._source[1]
-        return self.moments.mean + self.moments.mean_error, var
+    def found(self) -> dict[str, Found]:
+        targets = {name: self._target(name, moments) for name, moments in self._each().items() if self.samples[name]}
+        return {
+            name: Found(
+                targets.get(name),
+                self._blended(name, targets[name], self.samples[name]) if name in targets else None,
+                self.batches[name],
+                self.samples[name],
+            )
+            for name in self.layers
+        }
 
-    def statistics(self) -> Statistics | None:
-        target = self.target()
-        if target is None:
+    def with_also(self, reading: Reading) -> Statistics | None:
+        """A layer's blend if this were added."""
+        samples = self.samples[reading.layer] + reading.samples
+        if samples == 0:
             return None
-        share = self.samples / (self._source_weight + self.samples)
-        mean, var = (old.lerp(new, share) for old, new in zip(self._source, target, strict=True))
+        moments = self._each()[reading.layer].merge(reading.moments)
+        return self._blended(reading.layer, self._target(reading.layer, moments), samples)
+
+    def _target(self, name: str, moments: Moments) -> Statistics:
+        """Mean and unbiased variance of the target; the variance of a single value is the source's."""
+        var = moments.variance(unbiased=True) if int(moments.count) > 1 else self._source[name][1]
+        return moments.mean + moments.mean_error, var
+
+    def _blended(self, name: str, target: Statistics, samples: int) -> Statistics:
+        share = samples / (self._source_weight + samples)
+        mean, var = (old.lerp(new, share) for old, new in zip(self._source[name], target, strict=True))
         return mean, var
 
-    def with_also(self, moments: Moments, samples: int) -> Statistics | None:
-        """The blend if another batch of these moments came."""
-        kept = self.moments, self.samples, self.batches
-        try:
-            self.add(Reading("", moments, samples))
-            return self.statistics()
-        finally:
-            self.moments, self.samples, self.batches = kept
 
-
-def _blend_so_far(estimators: Mapping[str, Estimator]) -> Policy:
-    def policy(reading: Reading) -> Statistics | None:
-        estimator = estimators.get(reading.layer)
-        return estimator.with_also(reading.moments, reading.samples) if isinstance(estimator, Blend) else None
-
-    return policy
+def _blend_so_far(estimator: Estimator) -> Policy:
+    assert isinstance(estimator, Blend)
+    return lambda reading: estimator.with_also(reading) if reading.layer in estimator.layers else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -52,4 +54,10 @@ def normalized(layer: _BatchNorm, input: Tensor, residual: Tensor | None = None)
 
 def _moments(x: Tensor, mean: Tensor, invstd: Tensor, eps: float) -> Moments:
     count = x.numel() // x.shape[1]
-    return Moments(count, mean, (invstd.square().reciprocal() - eps).clamp(min=0) * count)
+    m2 = invstd.pow(-2).sub_(eps).clamp_(min=0).mul_(count)
+    return Moments(count, mean, m2, _zeros(len(mean)))
+
+
+@functools.cache
+def _zeros(channels: int) -> Tensor:
+    return torch.zeros(channels, dtype=torch.float64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .._checks import UserError
-from .._modes import evaluating, hooked
+from .._modes import evaluating
 from ..graph import Forward, feed
 from ..moments import Moments
 from ..nn import DomainBatchNorm, MaskedBatchNorm
@@ -53,8 +54,8 @@ def batch_statistics(reading: Reading) -> Statistics | None:
 class Probe:
     """Reads what enters the layers during forward passes, and lets them normalize as a policy says.
 
-    All modules are in eval mode meanwhile: dropout is off, and no layer updates anything by itself. Copies stand in the
-    place of the layers' buffers, which are never written to.
+    All modules are in eval mode meanwhile: dropout is off, and no layer updates anything by itself. The layers' buffers
+    are never written to: copies stand in their place while a layer normalizes with other statistics.
 
     Args:
         model: the model.
@@ -64,32 +65,30 @@ class Probe:
 
     def __init__(self, model: nn.Module, layers: Mapping[str, _BatchNorm], forward: Forward | None) -> None:
         self._model, self._layers, self._forward = model, layers, forward
-        self._own = {name: statistics_of(layer) for name, layer in layers.items()}
+        self._known = {name for name, layer in layers.items() if does_as_known(layer)}
         self._readings: list[Reading] = []
         self._policy: Policy = batch_statistics
         self._last: str | None = None
         self._calls: dict[str, int] = {}
-        self._outputs: dict[str, Tensor] = {}
-        self._others: set[str] = set()  # layers that now use other statistics than their own
+        self._each_once = False
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
-        """Hooks on, gradients and compiled code off; everything comes back in the end."""
-        buffers = [(layer, dict(layer._buffers)) for layer in self._layers.values()]
-        replaced = [name for name, layer in self._layers.items() if does_as_known(layer)]
-        with evaluating(self._model), hooked(self._hooks()), torch.no_grad():
+        """The layers are read from, gradients and compiled code are off; everything comes back in the end."""
+        before = [(layer, vars(layer).get("forward"), dict(layer._buffers)) for layer in self._layers.values()]
+        with evaluating(self._model), torch.no_grad():
             try:
-                for layer, own in buffers:
-                    layer._buffers.update({key: None if b is None else b.clone() for key, b in own.items()})
-                for name in replaced:
-                    self._layers[name].forward = functools.partial(self._known_or, name, self._layers[name].forward)
-                with torch.compiler.set_stance("force_eager"):  # compiled code does not know of hooks added later
+                for name, layer in self._layers.items():
+                    # Instead of hooks: whatever hooks the layer has run as ever, and it costs a third of the time.
+                    vars(layer)["forward"] = functools.partial(self._call, name, layer.forward)
+                with torch.compiler.set_stance("force_eager"):  # compiled code would go on calling what it knows
                     yield
             finally:
-                for layer, own in buffers:
+                for layer, forward, own in before:
                     layer._buffers.update(own)
-                for name in replaced:
-                    vars(self._layers[name]).pop("forward", None)
+                    vars(layer).pop("forward", None)
+                    if forward is not None:
+                        vars(layer)["forward"] = forward
 
     def read(self, batch: Any, policy: Policy, until: str | None = None) -> list[Reading]:
         """The readings of one forward pass, in the order of execution.
@@ -102,66 +101,54 @@ class Probe:
             until: end at the last call of this layer already.
         """
         self._readings, self._policy, self._last = [], policy, until
-        self._outputs.clear()
-        counts: dict[str, int] = {}
         try:
             feed(self._model, batch, self._forward)
-            for reading in self._readings:
-                counts[reading.layer] = counts.get(reading.layer, 0) + 1
-            self._calls = {name: max(counts.get(name, 0), self._calls.get(name, 0)) for name in self._layers}
+            counts = collections.Counter(reading.layer for reading in self._readings)
+            self._calls = {name: max(counts[name], self._calls.get(name, 0)) for name in self._layers}
+            self._each_once = all(calls == 1 for calls in self._calls.values())
         except _AllMeasured:
             pass
         return self._readings
 
-    def _hooks(self) -> Iterator[Any]:
-        for name, layer in self._layers.items():
-            yield layer.register_forward_pre_hook(lambda _, a, k, name=name: self._before(name, a, k), with_kwargs=True)
-            yield layer.register_forward_hook(lambda *_, name=name: self._after(name))
-
-    def _before(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = entering(self._layers[name], args, kwargs)
+    def _call(self, name: str, forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """In the place of a layer's forward pass."""
+        layer = self._layers[name]
+        x = entering(layer, args, kwargs)
         if x is None:
-            return
-        y, moments = self._at_once(name, args, kwargs) or (None, moments_of(x))
-        self._readings.append(Reading(name, moments, x.shape[0]))
+            return forward(*args, **kwargs)
+        at_once = self._policy is batch_statistics and name in self._known
+        y, moments = (at_once and normalized(layer, *args, **kwargs)) or (None, moments_of(x))
+        reading = Reading(name, moments, x.shape[0])
+        self._readings.append(reading)
         if self._nothing_left():
             raise _AllMeasured
         if y is not None:
-            self._outputs[name] = y
-            return
-        statistics = self._policy(self._readings[-1])
-        if statistics is not None:
-            self._let_use(name, statistics)
-            self._others.add(name)
-
-    def _after(self, name: str) -> None:
-        if name in self._others:
-            self._let_use(name, self._own[name])
-            self._others.remove(name)
-
-    def _at_once(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Moments] | None:
-        """The layer's output and the moments, where one reading of the input by the kernel gives both."""
-        layer = self._layers[name]
-        if self._policy is not batch_statistics or not isinstance(vars(layer).get("forward"), functools.partial):
-            return None
-        return normalized(layer, *args, **kwargs)
-
-    def _known_or(self, name: str, forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        """The layer's output if it is known already, else what its own forward pass gives."""
-        y = self._outputs.pop(name, None)
-        return forward(*args, **kwargs) if y is None else y
+            return y
+        with _using(layer, self._policy(reading)):
+            return forward(*args, **kwargs)
 
     def _nothing_left(self) -> bool:
-        if not self._calls:
-            return False
-        seen = [reading.layer for reading in self._readings]
         if self._last is not None:
-            return seen[-1] == self._last and seen.count(self._last) >= self._calls[self._last] > 0
-        return all(calls == 1 for calls in self._calls.values()) and len(set(seen)) == len(self._layers)
+            calls = self._calls.get(self._last, 0)
+            seen = [reading.layer for reading in self._readings]
+            return seen[-1] == self._last and seen.count(self._last) >= calls > 0
+        if not self._each_once or len(self._readings) < len(self._layers):
+            return False
+        return len({reading.layer for reading in self._readings}) == len(self._layers)
 
-    def _let_use(self, name: str, statistics: Statistics) -> None:
-        for buffer, values in zip(statistics_of(self._layers[name]), statistics, strict=True):
-            buffer.copy_(values)
+
+@contextlib.contextmanager
+def _using(layer: _BatchNorm, statistics: Statistics | None) -> Iterator[None]:
+    """The layer normalizes with these statistics, or copies of its own, whatever it does to them."""
+    own = dict(layer._buffers)
+    try:
+        layer._buffers.update({key: None if b is None else b.clone() for key, b in own.items()})
+        if statistics is not None:
+            for buffer, values in zip(statistics_of(layer), statistics, strict=True):
+                buffer.copy_(values)
+        yield
+    finally:
+        layer._buffers.update(own)
 
 
 def entering(layer: _BatchNorm, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
@@ -189,7 +176,11 @@ def check_finite(readings: Iterable[Reading], skip: bool) -> bool:
         UserError: one is not, and it is not to be skipped.
     """
     readings = list(readings)
-    if not readings or torch.cat([r.moments.mean + r.moments.m2 for r in readings]).isfinite().all():
+    if not readings:
+        return True
+    device = readings[0].moments.mean.device
+    values = [values.to(device) for r in readings for values in (r.moments.mean, r.moments.m2)]
+    if torch.cat(values).isfinite().all():
         return True
     if skip:
         return False

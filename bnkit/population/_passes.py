@@ -12,9 +12,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .._checks import require
 from ..graph import Forward
-from ._estimate import Estimator
+from ._estimate import Estimator, Found
 from ._layers import measurable, statistics_of, tracked, unwrapped
-from ._measure import Policy, Probe, Statistics, batch_statistics, check_finite
+from ._measure import Policy, Probe, batch_statistics, check_finite
 from ._progress import Progress, shown
 from ._ranks import Ranks
 from ._result import Drift, Recalibration, write
@@ -52,49 +52,50 @@ class Job:
 
 def measure(
     job: Job,
-    new_estimator: Callable[[_BatchNorm], Estimator],
+    new_estimator: Callable[[Mapping[str, _BatchNorm]], Estimator],
     layerwise: bool,
-    policy: Callable[[Mapping[str, Estimator]], Policy] = lambda _: batch_statistics,
-) -> dict[str, Estimator]:
-    """Go through the data as often as needed; an estimator of each layer, over all ranks, in order of execution.
+    policy: Callable[[Estimator], Policy] = lambda _: batch_statistics,
+) -> dict[str, Found]:
+    """Go through the data as often as needed; what came out for each layer, over all ranks, in order of execution.
 
     Args:
         job: what to measure.
-        new_estimator: makes a layer's estimator.
+        new_estimator: makes an estimator of some layers.
         layerwise: measure each layer behind settled ones.
-        policy: from the estimators so far, what unsettled layers normalize with.
+        policy: from an estimator so far, what unsettled layers normalize with.
     """
     if layerwise and iter(job.data) is job.data:
         job.data = list(itertools.islice(job.data, job.num_batches))  # it can be gone through only once
     probe = Probe(job.model, job.layers, job.forward)
     with probe.attached(), shown(job.progress, job.total(), len(job.layers) if layerwise else 1) as step:
-        estimators = {name: new_estimator(layer) for name, layer in job.layers.items()}
-        order = _one_pass(job, probe, estimators, policy(estimators), None, step)
+        estimator = new_estimator(job.layers)
+        order = _one_pass(job, probe, estimator, policy(estimator), None, step)
+        found = estimator.found()
         if layerwise:
-            settled = {name: estimators[name] for name in order[:1]}
+            settled = {name: found[name] for name in order[:1]}
             for name in order[1:]:
-                fresh = {name: new_estimator(job.layers[name])}
-                _one_pass(job, probe, fresh, _behind(settled, policy(fresh)), name, step)
-                settled.update(fresh)
-            estimators |= settled
-    return {name: estimators[name] for name in (*order, *(name for name in estimators if name not in order))}
+                estimator = new_estimator({name: job.layers[name]})
+                _one_pass(job, probe, estimator, _behind(settled, policy(estimator)), name, step)
+                settled |= estimator.found()
+            found |= settled
+    return {name: found[name] for name in (*order, *(name for name in found if name not in order))}
 
 
-def _behind(settled: Mapping[str, Estimator], policy: Policy) -> Policy:
+def _behind(settled: Mapping[str, Found], policy: Policy) -> Policy:
     """Settled layers normalize with their statistics, the others as `policy` says."""
-    found = {name: estimator.statistics() for name, estimator in settled.items()}
-    return lambda reading: found[reading.layer] if reading.layer in found else policy(reading)
+    after = {name: found.after for name, found in settled.items()}
+    return lambda reading: after[reading.layer] if reading.layer in after else policy(reading)
 
 
 def _one_pass(
     job: Job,
     probe: Probe,
-    estimators: Mapping[str, Estimator],
+    estimator: Estimator,
     policy: Policy,
     until: str | None,
     step: Callable[[], None],
 ) -> list[str]:
-    """Take one pass over the data into the estimators, then over the ranks; the layers in order of execution."""
+    """Take one pass over the data into the estimator, then over the ranks; the layers in order of execution."""
     order: dict[str, None] = {}
     done, error = 0, None
     try:
@@ -103,9 +104,7 @@ def _one_pass(
             order.update(dict.fromkeys(reading.layer for reading in readings))
             done = position + 1
             if check_finite(readings, job.skip_nonfinite):
-                for reading in readings:
-                    if reading.layer in estimators:
-                        estimators[reading.layer].add(reading)
+                estimator.add(readings)
             elif position not in job.nonfinite:
                 job.nonfinite.append(position)
             step()
@@ -118,8 +117,7 @@ def _one_pass(
     if job.passes == 1:
         job.batches = sum(batches for _, batches in reports)
     if job.ranks.several:
-        for name in estimators:
-            estimators[name].all_reduce(job.ranks.group)
+        estimator.all_reduce(job.ranks.group)
     return list(dict.fromkeys(itertools.chain.from_iterable(names for names, _ in reports)))
 
 
@@ -128,28 +126,21 @@ def _may_agree(error: BaseException | None) -> bool:
     return error is None or isinstance(error, Exception)
 
 
-def conclude(
-    job: Job,
-    method: str,
-    estimators: Mapping[str, Estimator],
-    measured: Mapping[str, Statistics | None],
-    after: Mapping[str, Statistics | None],
-    counts: Mapping[str, int | None],
-) -> Recalibration:
-    """Write the statistics `after` and their `counts`, where there are any, and report."""
-    not_run = [name for name, estimator in estimators.items() if estimator.samples == 0]
+def conclude(job: Job, method: str, found: Mapping[str, Found], counts: Mapping[str, int | None]) -> Recalibration:
+    """Write what came out, with the `counts` of batches, and report."""
+    not_run = [name for name, layer in found.items() if layer.samples == 0]
     skipped = dict(job.skipped)
     drifts, update, targets = {}, {}, {}
-    for name, estimator in estimators.items():
-        layer, found, new = job.layers[name], measured[name], after[name]
-        if found is None or new is None:
+    for name, new in found.items():
+        layer = job.layers[name]
+        if new.measured is None or new.after is None:
             if name not in not_run:
                 skipped[name] = "one value a channel in all its batches has no variance"
             continue
         mean, var = statistics_of(layer)
-        before, new = (mean.clone(), var.clone()), (new[0].to(mean), new[1].to(var))
-        drifts[name] = Drift(before, new, found, estimator.batches, estimator.samples)
-        update[layer] = (new, counts[name])
+        before, after = (mean.clone(), var.clone()), (new.after[0].to(mean), new.after[1].to(var))
+        drifts[name] = Drift(before, after, new.measured, new.batches, new.samples)
+        update[layer] = (after, counts[name])
         targets[name] = (layer, tracked(layer))
     write(update)
     return Recalibration(

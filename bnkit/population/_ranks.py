@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 
 from .._checks import require
 
@@ -32,3 +33,10 @@ class Ranks:
         if failed and error is None:
             raise RuntimeError(f"measuring statistics failed on {', '.join(failed)}; nothing was changed on any rank")
         return [value for value, _ in states]
+
+
+def gathered(vector: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The vectors of all ranks, one a row, in their order."""
+    rows = vector.new_empty(dist.get_world_size(group), len(vector))
+    dist.all_gather(list(rows), vector, group=group)
+    return rows

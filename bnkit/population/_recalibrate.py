@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch.distributed as dist
@@ -18,7 +18,7 @@ from ._progress import Progress
 from ._ranks import Ranks
 from ._result import Recalibration
 
-METHODS: dict[str, Callable[[_BatchNorm], Estimator]] = {
+METHODS: dict[str, Callable[[Mapping[str, _BatchNorm]], Estimator]] = {
     "pooled": Pooled,
     "batch": MeanOfBatches,
     "layerwise": Pooled,
@@ -86,9 +86,6 @@ def recalibrate(
         "method 'moving' depends on the order of batches, which several ranks do not have: use pooled, batch or "
         "layerwise, or distributed=False.",
     )
-    estimators = measure(job, METHODS[method], method == "layerwise")
-    counts = {name: estimator.batches for name, estimator in estimators.items()}
-    if method == "moving":
-        counts = {name: count + tracked(job.layers[name]) for name, count in counts.items()}
-    measured = {name: estimator.statistics() for name, estimator in estimators.items()}
-    return conclude(job, method, estimators, measured, measured, counts)
+    found = measure(job, METHODS[method], method == "layerwise")
+    before = {name: tracked(layer) if method == "moving" else 0 for name, layer in job.layers.items()}
+    return conclude(job, method, found, {name: before[name] + layer.batches for name, layer in found.items()})

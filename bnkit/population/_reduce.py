@@ -11,6 +11,7 @@ from .._checks import require
 from ..moments import merged
 from ..nn import DomainBatchNorm
 from ._layers import batch_norms, unwrapped
+from ._ranks import gathered
 
 
 @torch.no_grad()
@@ -48,7 +49,7 @@ def reduce_statistics(model: nn.Module, group: dist.ProcessGroup | None = None, 
         return
     mine = [_rows(*found, weight).flatten() for found in statistics]
     device = mine[0].device
-    everyone = _gather(torch.cat([part.to(device) for part in mine]), group)
+    everyone = gathered(torch.cat([part.to(device) for part in mine]), group)
     for found, parts in zip(statistics, everyone.split([len(part) for part in mine], dim=1), strict=True):
         _write(*found, parts.to(found[0].device))
 
@@ -72,12 +73,6 @@ def _rows(means: Tensor, variances: Tensor, counts: Tensor | None, weight: float
     tracked = means.new_ones(len(means)) if counts is None else counts
     shares = (tracked if weight is None else torch.full_like(means[:, 0], weight)).double()[:, None]
     return torch.cat([tracked.double()[:, None], shares, means.double(), shares * variances.double()], dim=1)
-
-
-def _gather(vector: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    rows = vector.new_empty(dist.get_world_size(group), len(vector))
-    dist.all_gather(list(rows), vector, group=group)
-    return rows
 
 
 def _write(means: Tensor, variances: Tensor, counts: Tensor | None, parts: Tensor) -> None:

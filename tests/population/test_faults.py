@@ -16,6 +16,7 @@ from nets import batches, buffers, moments, randomized, same
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
+import bnkit
 from bnkit.population import recalibrate
 
 PAGE = Path(__file__).parents[2] / "docs" / "population.md"
@@ -68,7 +69,7 @@ def intact(model: Parts, before: list[torch.Tensor]) -> str:
     problems = []
     if model.used.momentum != 0.3:
         problems.append(f"momentum left at {model.used.momentum}")
-    if any(m._forward_pre_hooks or m._forward_hooks for m in model.modules()):
+    if any(m._forward_pre_hooks or m._forward_hooks or "forward" in vars(m) for m in model.modules()):
         problems.append("hooks left")
     if not same(before, model.buffers()):
         problems.append("statistics half changed")
@@ -167,6 +168,25 @@ def reused_layer(tool: Callable) -> str:
     return "exact" if torch.allclose(norm.running_var.double(), true, rtol=1e-5) else "variance wrong"
 
 
+class FusedSum(nn.Module):
+    """y = batch_norm(x) + x, the sum by the layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.last = bnkit.nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.last(self.norm(x, x))
+
+
+def fused_residual(tool: Callable) -> str:
+    model, data = FusedSum(), batches(4, 4)
+    normalized = [nn.functional.batch_norm(x, None, None, training=True) for x in data]
+    true, _ = moments(torch.cat(normalized) + torch.cat(data))
+    assert attempt(tool, model, data, 2) is None
+    return "exact" if torch.allclose(model.last.running_mean.double(), true, atol=1e-5) else "residual dropped"
+
+
 def dropout(tool: Callable) -> str:
     model, seen = Parts().train(), []
     model.dropout.register_forward_hook(lambda m, x, y: seen.append(torch.equal(x[0], y)))
@@ -193,6 +213,7 @@ FAULTS = {
     "momentum None": (momentum_none, "kept"),
     "float16 statistics": (half_buffers, "clear error with the remedy"),
     "a layer used twice": (reused_layer, "exact"),
+    "a layer that adds a residual": (fused_residual, "exact"),
     "dropout while measuring": (dropout, "off"),
     "the buffers are written": (same_tensors, "in place"),
 }
