@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -50,26 +51,72 @@ def save(path: str | os.PathLike[str], run: Run) -> None:
 
 
 def load(path: str | os.PathLike[str], run: Run) -> None:
-    """Bring `run` to where the checkpoint was written. Everything is checked before anything is changed.
+    """Bring `run` to where the checkpoint was written. Everything is checked before the model is changed.
 
     Raises:
         UserError: no file, not a whole checkpoint, or one of another configuration, data set or model.
     """
     content = _read(Path(path))
-    _require_same(path, "settings", content["config"], run.config.to_dict(), _free_settings(run.config))
-    _require_same(path, "data", content["data"], _describe(run.data), ())
-    _require_fits(path, content["model"], run.model.state_dict())
+    with _reading(path, "config"):
+        _require_same(path, "settings", content["config"], run.config.to_dict(), _free_settings(run.config))
+    with _reading(path, "data"):
+        _require_same(path, "data", content["data"], _describe(run.data), ())
+    with _reading(path, "model"):
+        _require_fits(path, content["model"], run.model.state_dict())
+    with _reading(path, "optimizer"):
+        _load_optimizer(path, content["optimizer"], run.optimizer)
+    if run.average is not None:
+        with _reading(path, "average"):
+            run.average.load_state_dict(content["average"])
+    with _reading(path, "order"):
+        run.order.load_state_dict(content["order"])
+    with _reading(path, "random"):
+        run.random.load_state_dict(content["random"][run.devices.rank])
+    with _reading(path, "evaluations"):
+        run.evaluations = [_evaluation(numbers) for numbers in content["evaluations"]]
+        run.seconds = run.evaluations[-1].seconds
+    with _reading(path, "step"):
+        run.step = _whole(content["step"])
+    run.model.load_state_dict(content["model"])
+
+
+@contextlib.contextmanager
+def _reading(path: str | os.PathLike[str], key: str) -> Iterator[None]:
+    """What is under `key` may be anything."""
     try:
-        run.optimizer.load_state_dict(content["optimizer"])
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"{path} is not a whole checkpoint, what it has as {key!r} is none: name another, or start without."
+        ) from error
+
+
+def _load_optimizer(path: str | os.PathLike[str], saved: Any, optimizer: torch.optim.Optimizer) -> None:
+    try:
+        optimizer.load_state_dict(saved)
     except ValueError as error:
         raise UserError(f"the optimizer in {path} is for other parameters: freeze those that were frozen.") from error
-    run.model.load_state_dict(content["model"])
-    if run.average is not None:
-        run.average.load_state_dict(content["average"])
-    run.order.load_state_dict(content["order"])
-    run.random.load_state_dict(content["random"][run.devices.rank])
-    run.evaluations = [Evaluation(**evaluation) for evaluation in content["evaluations"]]
-    run.step, run.seconds = content["step"], run.evaluations[-1].seconds
+    for parameter, state in optimizer.state.items():
+        momentum = state.get("momentum_buffer")
+        if momentum is not None and momentum.shape != parameter.shape:
+            raise TypeError(f"a momentum of shape {momentum.shape}")
+
+
+def _evaluation(numbers: dict[str, Any]) -> Evaluation:
+    evaluation = Evaluation(**numbers)
+    _whole(evaluation.step)
+    for name, value in asdict(evaluation).items():
+        if not isinstance(value, int | float) and not (name == "train_loss" and value is None):
+            raise TypeError(f"{name} is {value!r}")
+    return evaluation
+
+
+def _whole(number: Any) -> int:
+    if not isinstance(number, int) or number < 0:
+        raise TypeError(f"{number!r} for a number of steps")
+    return number
 
 
 def _read(path: Path) -> dict[str, Any]:

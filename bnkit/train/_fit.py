@@ -118,7 +118,7 @@ def _advance(run: Run, batches: Iterator[tuple[Tensor, Tensor]]) -> float:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step)
             images, labels = next(batches)
-            loss = training_loss(run.devices.forward(images), labels, config)
+            loss = training_loss(_logits(run, images), labels, config)
             optimizer.zero_grad()
             run.devices.backward(loss)
             optimizer.step()
@@ -129,6 +129,17 @@ def _advance(run: Run, batches: Iterator[tuple[Tensor, Tensor]]) -> float:
     run.seconds += time.perf_counter() - started
     run.step = end
     return _mean(losses, run, first)
+
+
+def _logits(run: Run, images: Tensor) -> Tensor:
+    try:
+        return run.devices.forward(images)
+    except ValueError as error:
+        if isinstance(error, UserError) or not str(error).startswith("Expected more than 1 value per channel"):
+            raise
+        raise UserError(  # torch.nn's layers say what is wrong, but not what to do
+            f"{error}: train with a larger batch_size or larger images, or without batch norm in that layer."
+        ) from error
 
 
 def _mean(losses: list[Tensor], run: Run, first: int) -> float:

@@ -55,7 +55,12 @@ class RandomState:
         return self._state
 
     def load_state_dict(self, state: State) -> None:
-        """Go on from `state`."""
+        """Go on from `state`, which is tried first: it raises if it is none."""
+        caller = self._capture()
+        try:
+            self._restore(state)
+        finally:
+            self._restore(caller)
         self._state = state
 
     def _capture(self) -> State:

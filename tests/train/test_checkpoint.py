@@ -150,6 +150,38 @@ def test_another_format(saved: Path) -> None:
     refuse(saved, "has format 99, this version reads 2")
 
 
+@pytest.fixture(scope="module")
+def averaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("averaged") / "run.pt"
+    fit(toy_net(), toy_set(), dataclasses.replace(CONFIG, ema=0.9), checkpoint=path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "key", ["config", "data", "model", "optimizer", "average", "order", "random", "evaluations", "step"]
+)
+def test_right_keys_with_rubbish(averaged: Path, tmp_path: Path, key: str) -> None:
+    whole = torch.load(averaged, weights_only=True)
+    for value in (None, 7.5, "x", [], [3], {}, {"a": 1}, [{"step": 1}], -1):
+        torch.save({**whole, key: value}, tmp_path / "run.pt")
+        match = "is not a whole checkpoint|does not fit the model|made with other|for other parameters"
+        refuse(tmp_path / "run.pt", match, config=dataclasses.replace(CONFIG, ema=0.9))
+
+
+def test_evaluations_without_numbers(saved: Path) -> None:
+    content = torch.load(saved, weights_only=True)
+    content["evaluations"][-1]["seconds"] = None
+    torch.save(content, saved)
+    refuse(saved, "is not a whole checkpoint, what it has as 'evaluations' is none: name another, or start without")
+
+
+def test_momentum_of_other_shapes(saved: Path) -> None:
+    content = torch.load(saved, weights_only=True)
+    content["optimizer"]["state"][0]["momentum_buffer"] = torch.zeros(3)
+    torch.save(content, saved)
+    refuse(saved, "is not a whole checkpoint, what it has as 'optimizer' is none: name another, or start without")
+
+
 def test_another_configuration(saved: Path) -> None:
     refuse(saved, r"made with other settings: lr=0\.05, not 0\.1;", config=dataclasses.replace(CONFIG, lr=0.1))
     refuse(saved, "other settings: seed=0, not 1", config=dataclasses.replace(CONFIG, seed=1))

@@ -222,3 +222,13 @@ def test_history() -> None:
     assert reached is not None
     assert reached.step == 1
     assert history.reached(0.95) is None
+
+
+def test_one_value_a_channel_ends_with_the_remedy() -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(128, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    config = FitConfig(steps=2, batch_size=1, lr=0.1, device="cpu")
+    with pytest.raises(
+        UserError, match=r"Expected more than 1 value .*\(\[1, 4\]\): train with a larger batch_size"
+    ) as caught:
+        fit(net, toy_set(), config)
+    assert "\n" not in str(caught.value)
