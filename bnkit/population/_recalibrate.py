@@ -57,6 +57,9 @@ def recalibrate(
     fails, the loader included, or on interruption, all statistics are as before. `num_batches_tracked` becomes the
     number of calls measured (for `"moving"`, grows by it).
 
+    A backward pass that is still to come is not affected, where the layers are this package's. torch.nn's keep their
+    running statistics for it, so that autograd refuses it ("modified by an inplace operation"): finish it before.
+
     With `torch.distributed` every rank gives its share of the data, of any size, and gets the statistics of all.
 
     References:

@@ -446,6 +446,22 @@ def test_compiled_and_wrapped_models():
     assert same(buffers(other), model.buffers())
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_between_a_forward_pass_and_its_backward_pass(training):
+    model, (x, other) = net(bnkit.nn.BatchNorm2d).train(training), batches(5, 4)
+    model[3].eval()
+    parameters, upstream = list(model.parameters()), torch.randn(5, 7)
+    expected = torch.autograd.grad(model(x), parameters, upstream)
+    y = model(x)
+    recalibrate(model, [other])
+    assert same(expected, torch.autograd.grad(y, parameters, upstream))
+    model = net(nn.BatchNorm2d).train(training)
+    y = model(x)
+    recalibrate(model, [other])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward(upstream)
+
+
 # Errors, report
 
 
