@@ -11,7 +11,16 @@ import pytest
 
 @pytest.mark.parametrize(
     "checks",
-    [["shards_equal_the_whole", "one_rank_has_no_data", "one_rank_fails", "moving_is_refused"], ["one_rank_dies"]],
+    [
+        [
+            "shards_equal_the_whole",
+            "one_collective_for_all_layers",
+            "one_rank_has_no_data",
+            "one_rank_fails",
+            "moving_is_refused",
+        ],
+        ["one_rank_dies"],
+    ],
     ids=["all", "death"],
 )
 def test_two_ranks(checks):

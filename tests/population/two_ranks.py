@@ -43,6 +43,21 @@ def shards_equal_the_whole():
         assert gathered([b.tolist() for b in together.buffers()])[0] == [b.tolist() for b in together.buffers()]
 
 
+def one_collective_for_all_layers():
+    calls, all_gather = [], dist.all_gather
+
+    def counted(*arguments, **options):
+        calls.append(1)
+        return all_gather(*arguments, **options)
+
+    dist.all_gather = counted
+    try:
+        recalibrate(net(), batches(4))
+    finally:
+        dist.all_gather = all_gather
+    assert len(calls) == 1
+
+
 def one_rank_has_no_data():
     model, data = net(), batches(4, 5)
     dist.broadcast_object_list(shared := [data, model.state_dict()])
