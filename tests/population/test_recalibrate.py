@@ -446,6 +446,36 @@ def test_compiled_and_wrapped_models():
     assert same(buffers(other), model.buffers())
 
 
+def test_a_forward_of_the_instance_s_own_is_used_and_kept():
+    layer, x = nn.BatchNorm2d(3), batches(5)[0]
+    own = layer.forward = lambda input: nn.BatchNorm2d.forward(layer, input) + 1
+    second = nn.BatchNorm2d(3)
+    recalibrate(nn.Sequential(layer, second), [x])
+    assert layer.forward is own
+    close(layer.running_mean, moments(x)[0])
+    close(second.running_mean, torch.ones(3))
+
+
+def test_hooks_of_the_user_s_run_and_count():
+    layer, x, seen = nn.BatchNorm2d(3), batches(5)[0], []
+    layer.register_forward_pre_hook(lambda layer, arguments: (arguments[0] * 2,))
+    layer.register_forward_hook(lambda layer, arguments, output: seen.append(output))
+    recalibrate(layer, [x])
+    close(layer.running_mean, moments(x * 2)[0])
+    assert len(seen) == 1
+
+
+def test_layers_compiled_one_by_one():
+    model, data = net(), batches(4, 3)
+    other = copy.deepcopy(model)
+    model[1].compile(backend="eager")
+    model(data[0])
+    model.load_state_dict(other.state_dict())
+    recalibrate(model, data)
+    recalibrate(other, data)
+    assert same(buffers(other), model.buffers())
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_between_a_forward_pass_and_its_backward_pass(training):
     model, (x, other) = net(bnkit.nn.BatchNorm2d).train(training), batches(5, 4)
