@@ -3,8 +3,8 @@
 A row tells the batch norms found and folded, the reasons of those left, the largest relative difference of the
 outputs in eval mode, in float32 and, for models that are not large, in float64, and beside it how far the model's own
 outputs in float32 are from those in float64: a deep random network amplifies any rounding. It also tells whether the
-folded model pickles and, on request, exports and compiles; and whether batch norms converted through every kind that
-keeps statistics and back have the same bits.
+folded model pickles, and whether batch norms converted through every kind that keeps statistics and back have the same
+bits. Exporting and compiling is on request, and in a table of its own: see `_surgery_programs.py`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import _surgery_programs
 import torch
 from _harness import RESULTS, save_results
 from _surgery_models import example_for, made, names, settle
@@ -46,7 +47,7 @@ class Row:
     checks: str = ""
 
 
-def examine(name: str, *, export: bool = False) -> Row:
+def examine(name: str) -> Row:
     """Fold one model and check what came out."""
     model = made(name)
     if not any(isinstance(getattr(module, "running_var", None), Tensor) for module in model.modules()):
@@ -64,10 +65,9 @@ def examine(name: str, *, export: bool = False) -> Row:
         model, example = model.double(), example.double()
         result = surgery.fold(model, example, forward=forward, tolerance=1e-9)
         error_float64 = result.max_error
-    wanted = _checks(export and forward is None)
-    checks = [kind for kind, check in wanted.items() if _passes(check, model, result.model, example, forward)]
+    checks = [kind for kind, check in _CHECKS.items() if _passes(check, model, result.model, example, forward)]
     found = len(result.changed) + len(result.skipped)
-    failed = [f"not: {kind}" for kind in wanted if kind not in checks]
+    failed = [f"not: {kind}" for kind in _CHECKS if kind not in checks]
     failed += ["failed: inexact"] * (error is not None and error > max(_TOLERANCE, 3 * (own_rounding or 0.0)))
     left = "; ".join([*failed, *_reasons(result.skipped)])
     return Row(name, found, len(result.changed), left, error, error_float64, own_rounding, " ".join(checks))
@@ -86,11 +86,6 @@ def _in_float64(model: nn.Module, example: Tensor) -> tuple[float | None, float 
         return None, None
     finally:
         model.float()
-
-
-def _checks(export: bool) -> dict[str, Callable[..., bool]]:
-    checks: dict[str, Callable[..., bool]] = {"pickles": _pickles, "converts": _converts}
-    return checks | ({"exports": _exports, "compiles": _compiles} if export else {})
 
 
 def _passes(check: Callable[..., bool], *arguments: Any) -> bool:
@@ -123,15 +118,6 @@ def _converts(model: nn.Module, folded: nn.Module, example: Any, forward: Any) -
     return same and _close(_run(twin, example, forward), _run(model, example, forward))
 
 
-def _exports(model: nn.Module, folded: nn.Module, example: Any, forward: Any) -> bool:
-    return _close(torch.export.export(folded, (example,)).module()(example), folded(example))
-
-
-def _compiles(model: nn.Module, folded: nn.Module, example: Any, forward: Any) -> bool:
-    torch.compiler.reset()
-    return _close(torch.compile(folded, backend="aot_eager")(example), folded(example))
-
-
 def _close(found: Any, expected: Any) -> bool:
     pairs = zip(tensors_in(found), tensors_in(expected), strict=True)
     return all(
@@ -139,6 +125,9 @@ def _close(found: Any, expected: Any) -> bool:
         for a, b in pairs
         if b.numel()
     )
+
+
+_CHECKS: dict[str, Callable[..., bool]] = {"pickles": _pickles, "converts": _converts}
 
 
 def _reasons(skipped: dict[str, str]) -> list[str]:
@@ -149,13 +138,16 @@ def _reasons(skipped: dict[str, str]) -> list[str]:
 def main(everything: bool, save: bool, export: bool, only: Sequence[str] = ()) -> None:
     """Print a row for each model; with `save`, put each into `benchmarks/results/surgery.csv` as soon as it is known.
 
-    Rows of models not looked at this time stay in the file.
+    Rows of models not looked at this time stay in the file. With `export`, programs of them are examined instead.
     """
+    if export:
+        _surgery_programs.main(everything, save, only)
+        return
     warnings.filterwarnings("ignore")
     rows = []
     for name in names(everything, only):
         try:
-            row = examine(name, export=export)
+            row = examine(name)
         except Exception as error:  # one model that can't be made or run must not end the sweep
             row = Row(name, left=f"failed: {type(error).__name__}: {str(error).splitlines()[0][:200]}")
         gc.collect()

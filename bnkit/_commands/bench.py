@@ -58,9 +58,11 @@ def kernels(
 @app.command()
 def surgery(
     everything: Annotated[bool, typer.Option("--all", help="All of torchvision's models and most of timm's.")] = False,
-    export: Annotated[bool, typer.Option("--export", help="Also export and compile each folded model.")] = False,
+    export: Annotated[bool, typer.Option("--export", help="Export and compile the folded models instead.")] = False,
     only: Annotated[list[str] | None, typer.Option(help="Names or patterns of models, such as 'timm:dla*'.")] = None,
-    save: Annotated[bool, typer.Option("--save", help="Write benchmarks/results/surgery.csv.")] = False,
+    save: Annotated[
+        bool, typer.Option("--save", help="Write benchmarks/results/surgery.csv, or surgery_programs.csv.")
+    ] = False,
 ) -> None:
     """Fold and convert over models of torchvision and timm: what folds, what doesn't and why, and how exact it is."""
     _benchmark("bench_surgery").main(everything, save, export, only or ())

@@ -56,7 +56,9 @@ def moved(batch: Any, device: torch.device | None) -> Any:
     if device is None:
         return batch
     if isinstance(batch, Tensor):
-        return batch.to(device)
+        # Outside of inference mode a tensor made in it can't be written to, which a model may want.
+        made_in_it = batch.is_inference() and not torch.is_inference_mode_enabled()
+        return (batch.clone() if made_in_it else batch).to(device)
     if isinstance(batch, Mapping):
         return {key: moved(value, device) for key, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):

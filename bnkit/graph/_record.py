@@ -69,7 +69,8 @@ def record(model: nn.Module, example: Any, forward: Forward | None = None) -> Re
 @contextlib.contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     compiled = torch.compiler.set_stance("force_eager")
-    with torch.no_grad(), torch.random.fork_rng(enabled=True), buffers_kept(model), compiled:
+    # In inference mode tensors have no versions, and writes would go unseen.
+    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(), buffers_kept(model), compiled:
         yield
 
 

@@ -25,6 +25,15 @@ def _tensors_in(tree: Any, seen: set[int]) -> Iterator[Tensor]:
     elif isinstance(tree, (list, tuple, set, frozenset)):
         items = list(tree)
     else:
-        items = list(vars(tree).values()) if hasattr(tree, "__dict__") else []
+        items = list(_attributes(tree))
     for item in items:
         yield from _tensors_in(item, seen)
+
+
+def _attributes(tree: Any) -> Iterator[Any]:
+    yield from vars(tree).values() if hasattr(tree, "__dict__") else ()
+    for kind in type(tree).__mro__:
+        slots = vars(kind).get("__slots__", ())
+        for name in [slots] if isinstance(slots, str) else slots:
+            if not name.startswith("__"):
+                yield getattr(tree, name, None)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
@@ -19,7 +20,8 @@ from ._norms import is_batch_norm, is_known
 from ._operation import Operation
 from ._result import Surgery
 from ._verify import check, relative_error, run_in_eval, tolerance_for
-from ._where import Where, selector
+from ._where import Where, names_of
+from ._where import selected as meant
 
 _BY_DIMENSION: dict[str, dict[int, type[_BatchNorm]]] = {
     "batch": {1: layers.BatchNorm1d, 2: layers.BatchNorm2d, 3: layers.BatchNorm3d},
@@ -41,6 +43,7 @@ class Impossible(Exception):
     """Why a layer is left as it is."""
 
 
+@torch.inference_mode(False)
 def convert(
     model: nn.Module,
     to: str | type[_BatchNorm],
@@ -114,9 +117,7 @@ def convert(
 
 def selected(model: nn.Module, where: Where | None) -> list[tuple[str, nn.Module]]:
     """The batch norms of a model that `where` means, each once, by their first name."""
-    names = dict(model.named_modules())
-    selects: Callable[[str, nn.Module], bool] = selector(where, names) if where is not None else lambda *_: True
-    return [(name, module) for name, module in names.items() if is_batch_norm(module) and selects(name, module)]
+    return [(name, module) for module, name in meant(where, names_of(model), is_batch_norm).items()]
 
 
 def replacement(

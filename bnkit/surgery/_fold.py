@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from .._checks import require
@@ -13,14 +14,17 @@ from .._modes import evaluating
 from ..graph import Call, Forward, Record, record
 from ._fold_plan import Planner, affine_of_call
 from ._norms import affine_of, is_batch_norm, is_known, remainder_of, uses_running_statistics
-from ._operation import Operation, copied
+from ._operation import Operation, check_unwrapped, copied
 from ._remainder import AddAndActivate, ChannelAffine
 from ._result import Surgery
 from ._verify import check, check_has_values, largest_error, relative_error, run_in_eval, tolerance_for
 from ._weighted import Refused, has_hooks
-from ._where import Where, selector
+from ._where import Where, selected
+
+_FUNCTIONS = ("batch_norm", "native_batch_norm", "native_batch_norm_legit_no_training")
 
 
+@torch.inference_mode(False)
 def fold(
     model: nn.Module,
     example: Any,
@@ -73,20 +77,32 @@ def fold(
     """
     require(padding in ("refuse", "exact"), f"padding must be 'refuse' or 'exact', got {padding!r}: choose one.")
     require(rest in ("keep", "affine"), f"rest must be 'keep' or 'affine', got {rest!r}: choose one.")
-    selects = selector(where, (name for name, _ in model.named_modules())) if where is not None else None
     original = copied(model) if inplace and data is not None else model
+    check_unwrapped(model)
     check_has_values(model)
     with Operation(model, inplace=inplace) as operation:
         with evaluating(operation.model):
             facts = record(operation.model, example, forward)
-        wanted = {m: n for m, (n, *_) in facts.names.items() if is_batch_norm(m) and (not selects or selects(n, m))}
+        wanted = selected(where, facts.names, is_batch_norm)
         changed, skipped = _fold_all(operation, facts, wanted, padding == "exact", rest == "affine")
+        skipped |= _functional(facts) if where is None else {}
         error = relative_error(run_in_eval(operation.model, example, forward), facts.output)
         if data is not None:
             error = max(error, largest_error(operation.model, original, data, forward))
         check(error, tolerance_for(facts.output, tolerance), "fold")
         operation.model.eval()
         return operation.result(changed, skipped, error)
+
+
+def _functional(facts: Record) -> dict[str, str]:
+    """The modules that normalize by a function, and are no batch norm."""
+    operators = (op for op in facts.operators if op.name in _FUNCTIONS and op.call is not None)
+    found = dict.fromkeys(op.call for op in operators if not any(is_batch_norm(call.module) for call in op.calls()))
+    return {
+        call.name: "batch_norm runs in its forward, outside of a layer: only layers are folded"
+        for call in found
+        if call
+    }
 
 
 def _fold_all(

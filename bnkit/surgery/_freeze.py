@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import functools
 
+import torch
 from torch import nn
 
 from .._checks import require
 from ._convert import Impossible, replacement, selected
 from ._graft import FROZEN, grafted, origin_of
-from ._operation import Operation
+from ._operation import Operation, check_unwrapped
 from ._result import Surgery
 from ._where import Where
 
 
+@torch.inference_mode(False)
 def freeze(
     model: nn.Module, statistics: bool = True, affine: bool = True, where: Where | None = None, *, inplace: bool = False
 ) -> Surgery:
@@ -37,6 +39,7 @@ def freeze(
     require(
         statistics or affine, "freeze needs something to freeze, got statistics=False, affine=False: leave one True."
     )
+    check_unwrapped(model)
     changed, skipped = {}, {}
     with Operation(model, inplace=inplace) as operation:
         replace = replacement("frozen", {}, operation.model, None)
@@ -56,6 +59,7 @@ def freeze(
     return operation.result(changed, skipped, None)
 
 
+@torch.inference_mode(False)
 def unfreeze(
     model: nn.Module, statistics: bool = True, affine: bool = True, where: Where | None = None, *, inplace: bool = False
 ) -> Surgery:
@@ -71,6 +75,7 @@ def unfreeze(
         where: which layers, as in `convert`. Default: all.
         inplace: change `model` itself.
     """
+    check_unwrapped(model)
     changed, skipped = {}, {}
     with Operation(model, inplace=inplace) as operation:
         for name, layer in selected(operation.model, where):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -13,14 +14,15 @@ from ..graph import Forward, Record, record
 from ._fuse_block import rewritten
 from ._fuse_follow import Following, activation_of_module, following
 from ._fuse_verify import check_training, trained
-from ._norms import is_ours, is_timms, is_torchs
-from ._operation import Operation
+from ._norms import is_known, is_ours, is_timms
+from ._operation import Operation, check_unwrapped
 from ._result import Surgery
 from ._verify import check, check_has_values, relative_error, run_in_eval, tolerance_for
 from ._weighted import Refused, has_hooks
-from ._where import Where, selector
+from ._where import Where, selected
 
 
+@torch.inference_mode(False)
 def fuse(
     model: nn.Module,
     example: Any,
@@ -58,13 +60,11 @@ def fuse(
         UserError: outputs, gradients or running statistics differ by more than the tolerance, or a model that can't be
             copied. Then nothing was changed.
     """
+    check_unwrapped(model)
     check_has_values(model)
     with Operation(model, inplace=inplace) as operation:
         facts = _record_both(operation.model, example, forward)
-        names: dict[nn.Module, str] = {m: n for m, (n, *_) in facts.names.items() if isinstance(m, _BatchNorm)}
-        if where is not None:
-            selects = selector(where, (name for name, _ in model.named_modules()))
-            names = {module: name for module, name in names.items() if selects(name, module)}
+        names = selected(where, facts.names, lambda module: isinstance(module, _BatchNorm))
         expected = run_in_eval(operation.model, example, forward)
         expected_in_training = trained(operation.model, example, forward)
         changed, skipped = _fuse_all(operation, facts, names)
@@ -113,10 +113,10 @@ def _plan(module: nn.Module, facts: Record) -> Following:
         raise Refused("it did not run on the example")
     if has_hooks(module):
         raise Refused("it has hooks, which would be lost")
+    if not is_known(module):
+        raise Refused(f"{type(module).__name__} has a forward of its own")
     if is_timms(module):
         return _plan_of_timms(module)
-    if not (is_torchs(module) or is_ours(module)):
-        raise Refused(f"{type(module).__name__} has a forward of its own")
     if isinstance(module, nn.SyncBatchNorm) and not hasattr(bnkit_nn, "SyncBatchNorm"):
         raise Refused("there is no fused SyncBatchNorm")
     if getattr(module, "activation", None) is not None or len(calls[0].inputs) > 1:

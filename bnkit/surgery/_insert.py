@@ -15,13 +15,13 @@ from .._checks import UserError, require, unknown
 from .._modes import buffers_kept, evaluating, hooked
 from ..graph import Forward, apply, feed, record
 from ..moments import Moments, statistics_dtype
-from ._insert_sites import Site, layers_of, site_of
-from ._normed import Normed, NormedLast, normed_class
-from ._operation import Operation
+from ._insert_sites import Site, is_layer, site_of
+from ._normed import Normed, NormedLast, normed_like
+from ._operation import Operation, check_unwrapped
 from ._result import Surgery
 from ._verify import check, check_has_values, relative_error, run_in_eval, tolerance_for
 from ._weighted import Refused
-from ._where import Where, selector
+from ._where import Where, selected
 
 Norm = str | Callable[[int], nn.Module]
 
@@ -29,6 +29,7 @@ _PER_DIMENSION = {"batch": "BatchNorm", "frozen": "FrozenBatchNorm"}
 _ANY_DIMENSION = {"ghost": "GhostBatchNorm", "sync": "SyncBatchNorm", "renorm": "BatchRenorm"}
 
 
+@torch.inference_mode(False)
 def insert(
     model: nn.Module,
     data: Iterable[Any] | None = None,
@@ -80,14 +81,12 @@ def insert(
     """
     batches, first = _first_of(data, example)
     run = forward or (apply if data is None else feed)
+    check_unwrapped(model)
     check_has_values(model)
     with Operation(model, inplace=inplace) as operation:
         with evaluating(operation.model):
             facts = record(operation.model, first, run)
-        layers = layers_of(facts)
-        if where is not None:
-            selects = selector(where, (name for name, _ in model.named_modules()))
-            layers = {module: name for module, name in layers.items() if selects(name, module)}
+        layers = selected(where, facts.names, is_layer)
         sites, skipped = [], {}
         for module, name in layers.items():
             try:
@@ -102,7 +101,7 @@ def insert(
             warnings.warn(
                 "inserted without calibration data: the outputs are the same in eval mode, but will differ in training "
                 "mode, where batches have other means and variances than 0 and 1; pass data=.",
-                stacklevel=2,
+                stacklevel=3,  # behind the decorator
             )
         return operation.result(changed, skipped, error)
 
@@ -159,7 +158,7 @@ def _insert_behind(operation: Operation, site: Site, norm: Norm, moments: Moment
         del layer._parameters["bias"]
         layer.register_buffer("bias", zeros)
     layer.bn = bn.train(layer.training)
-    layer.__class__ = normed_class(NormedLast if site.linear else Normed, type(layer))
+    layer.__class__ = normed_like(NormedLast if site.linear else Normed, layer)
     taken = ", its bias taken up" if site.absorbs else ""
     return f"{type(bn).__name__}({site.channels}) behind it{taken}"
 

@@ -58,9 +58,9 @@ class Site:
         return self.dims == 0
 
 
-def layers_of(facts: Record) -> dict[nn.Module, str]:
-    """The convolutions and linear layers of the model, by their first names."""
-    return {module: names[0] for module, names in facts.names.items() if isinstance(module, (_ConvNd, nn.Linear))}
+def is_layer(module: nn.Module) -> bool:
+    """Whether it is a convolution or linear layer."""
+    return isinstance(module, (_ConvNd, nn.Linear))
 
 
 def site_of(module: nn.Module, name: str, facts: Record, *, last_too: bool) -> Site:
@@ -74,6 +74,8 @@ def site_of(module: nn.Module, name: str, facts: Record, *, last_too: bool) -> S
     """
     if isinstance(module, Normed):
         raise Refused("bn, inserted before, already normalizes it")
+    if "forward" in vars(module):
+        raise Refused("its forward was replaced, and would not call a batch norm")
     calls = facts.calls_of(module)
     if not calls:
         raise Refused("it did not run on the example")

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 
 class Normed(nn.Module):
@@ -23,12 +24,14 @@ class Normed(nn.Module):
         return self.bn(super().forward(*args, **kwargs))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        if is_parametrized(self):  # which torch refuses to pickle
+            return super().__reduce_ex__(protocol)
         return _blank, (type(self).__bases__[0], type(self).__bases__[1]), self.__dict__
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any, **more: Any) -> None:
         holds_bn = any(key.startswith(f"{prefix}bn.") for key in state_dict)
         may_lack_bn = isinstance(getattr(self.bn, "running_var", None), Tensor)  # it may have been folded or converted
-        if may_lack_bn and not holds_bn and f"{prefix}weight" in state_dict:
+        if may_lack_bn and not holds_bn and any(key.startswith(prefix) for key in state_dict):
             self._add_identity(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *rest, **more)
 
@@ -51,6 +54,16 @@ class NormedLast(Normed):
         """The layer's output, normalized along its last dimension."""
         y = super(Normed, self).forward(*args, **kwargs)
         return self.bn(y.reshape(-1, y.shape[-1])).reshape(y.shape)
+
+
+def normed_like(kind: type[Normed], layer: nn.Module) -> type[nn.Module]:
+    """The class of a layer that shall normalize its output."""
+    own = type(layer)
+    if not is_parametrized(layer):
+        return normed_class(kind, own)
+    # torch made a class for this one layer, and takes parametrizations off by going back to its base.
+    body = {name: value for name, value in vars(own).items() if name not in ("__dict__", "__weakref__")}
+    return type(own.__name__, (normed_class(kind, own.__bases__[0]),), body)
 
 
 @functools.cache

@@ -10,9 +10,11 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from .._checks import UserError
+from ._references import holders, replaced
 from ._result import Surgery
 
 _REGISTRIES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
@@ -44,6 +46,7 @@ class Operation:
         self._heirs = dict(zip(model.parameters(), self.model.parameters(), strict=True))
         self._undo: list[Callable[[], None]] = []
         self._touched: set[nn.Module] = set()
+        self._holders = holders(self.model)
 
     def __enter__(self) -> Self:
         return self
@@ -61,12 +64,18 @@ class Operation:
         self._touched.clear()
 
     def swap(self, old: nn.Module, new: nn.Module) -> None:
-        """Put `new` wherever `old` is registered, under every name; if `old` is the model, `new` becomes the model."""
+        """Put `new` wherever `old` is registered, under every name, or in a list, tuple or dict that is an attribute;
+        if `old` is the model, `new` becomes the model.
+        """
         for parent in list(self.model.modules()):
             for name, child in parent._modules.items():
                 if child is old:
                     self.touch(parent)
                     parent._modules[name] = new
+        for parent, name in self._holders.get(old, ()):
+            self.touch(parent)
+            vars(parent)[name] = replaced(vars(parent)[name], old, new)
+        self._holders[new] = self._holders.get(old, [])
         if old is self.model:
             self._undo.append(lambda: setattr(self, "model", old))
             self.model = new
@@ -93,6 +102,7 @@ class Operation:
         def write(new: Tensor) -> None:
             with torch.no_grad():
                 tensor.copy_(new)
+            torch.clear_autocast_cache()  # of casts of the old value
 
         self._undo.append(lambda: write(before))
         write(value)
@@ -107,11 +117,26 @@ def check_initialized(model: nn.Module) -> None:
     """Refuse a model that can't be copied or looked at.
 
     Raises:
-        UserError: a parameter or buffer of a lazy layer has no shape yet.
+        UserError: a parameter or buffer of a lazy layer has no shape yet, or the model is scripted or traced.
     """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UserError(f"a model must be of Python modules, got a {type(model).__name__}: change it, then script it.")
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         if is_lazy(tensor):
             raise UserError(f"a model's tensors must have shapes, but {name} has none yet: run it once on an example.")
+
+
+def check_unwrapped(model: nn.Module) -> None:
+    """Refuse a model inside DistributedDataParallel.
+
+    Raises:
+        UserError: it is: parameters that come, go or freeze would not be averaged as it has planned.
+    """
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        raise UserError(
+            "a model must be changed before DistributedDataParallel takes note of its parameters, got one inside it: "
+            "pass model.module, and wrap the result."
+        )
 
 
 def copied(model: nn.Module) -> nn.Module:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -49,6 +49,7 @@ class Surgery:
         _check_knows(optimizer, self.heirs)
         alive = set(self.model.parameters())
         shapes = _shapes(optimizer)
+        names = {self._heir(p, alive): name for group in optimizer.param_groups for p, name in _named(group)}
         for group in optimizer.param_groups:
             # The list stays the same one, since an optimizer may hold it under another name (LBFGS does).
             group["params"][:] = [p for old in group["params"] if (p := self._heir(old, alive)) is not None]
@@ -57,6 +58,10 @@ class Surgery:
             if new is not None:
                 optimizer.state[new] = state
         self._add_new(optimizer)
+        own_names = {parameter: name for name, parameter in self.model.named_parameters()}
+        for group in optimizer.param_groups:
+            if "param_names" in group:
+                group["param_names"][:] = [names.get(p) or own_names[p] for p in group["params"]]
         if isinstance(optimizer, torch.optim.LBFGS) and _shapes(optimizer) != shapes:
             _forget_history(optimizer)
         return optimizer
@@ -96,6 +101,11 @@ def _start_momentum(optimizer: Optimizer, group: Mapping[str, Any], new: list[nn
         return
     for parameter in new:
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+
+def _named(group: Mapping[str, Any]) -> Iterable[tuple[Any, str]]:
+    """A group's parameters and their names, if it has them: it was made from `named_parameters()`."""
+    return zip(group["params"], group.get("param_names", ()), strict="param_names" in group)
 
 
 def _shapes(optimizer: Optimizer) -> list[list[torch.Size]]:

@@ -36,11 +36,17 @@ def run_in_eval(model: nn.Module, example: Any, forward: Forward | None) -> Any:
     """The model's output in eval mode, without gradients; random numbers as from the state they are in now.
 
     Raises:
-        UserError: the model has no values.
+        UserError: the model has no values, or returns no tensor.
     """
     check_has_values(model)
     with evaluating(model), buffers_kept(model), torch.no_grad(), torch.random.fork_rng():
-        return apply(model, example, forward)
+        output = apply(model, example, forward)
+    if next(tensors_in(output), None) is None:
+        raise UserError(
+            f"a model must return tensors to be compared, got {type(output).__name__}: pass forward=, a function "
+            "(model, example) that returns tensors."
+        )
+    return output
 
 
 def relative_error(found: Any, expected: Any) -> float:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import nn
 
@@ -37,6 +38,25 @@ def selector(where: Where, names: Iterable[str]) -> Callable[[str, nn.Module], b
         return isinstance(module, types) or any(_fits(name, pattern) for pattern in patterns)
 
     return selects
+
+
+def names_of(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Each module's names: several for one that is registered in several places."""
+    names: dict[nn.Module, list[str]] = defaultdict(list)
+    for name, module in model.named_modules(remove_duplicate=False):
+        names[module].append(name)
+    return dict(names)
+
+
+def selected(
+    where: Where | None, names: Mapping[nn.Module, list[str]], kind: Callable[[nn.Module], bool]
+) -> dict[nn.Module, str]:
+    """The modules of a kind that `where` means, by any of their names, and their first names; all if None."""
+    found = {module: several for module, several in names.items() if kind(module)}
+    if where is None:
+        return {module: name for module, (name, *_) in found.items()}
+    selects = selector(where, (name for several in names.values() for name in several))
+    return {m: several[0] for m, several in found.items() if any(selects(name, m) for name in several)}
 
 
 def _fits(name: str, pattern: str) -> bool:

@@ -1,0 +1,154 @@
+"""Export and compile folded and converted models of torchvision and timm: whatever the original can, they can.
+
+`torch.export` and `torch.compile` are tried on each folded model, and on one in four also after its batch norms became
+bnkit's. The program must give what the model gives. Where one fails it is tried on the original too, to tell our
+failures from the model's own. This takes hours, so models come in the order of a hash of their names: as many as were
+looked at are a sample without bias, and a later run goes on behind those in the table.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import gc
+import logging
+import warnings
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from _harness import RESULTS, save_results
+from _surgery_models import example_for, made, names, settle
+from torch import Tensor, nn
+
+from bnkit import surgery
+from bnkit.surgery._verify import relative_error
+
+Program = Callable[[nn.Module, tuple[Any, ...]], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Whether the changed models of one original become programs: yes, "no" (the original does), or "nor the original".
+
+    `compile` is "in parts" where, as with the original, one graph can't hold the model.
+    """
+
+    model: str
+    folded_export: str = ""
+    folded_compile: str = ""
+    converted_export: str = ""
+    converted_compile: str = ""
+    why: str = ""
+
+
+def examine(name: str, backend: str) -> Row | None:
+    """Fold and convert one model and make programs of both; None for a model without batch norms."""
+    model = made(name)
+    if not any(isinstance(getattr(module, "running_var", None), Tensor) for module in model.modules()):
+        return None
+    example, forward = example_for(name, model)
+    settle(model, example, forward)
+    if forward is None:
+        arguments: tuple[Any, ...] = (example,)
+    else:  # of detectors, of which rounding may turn the decisions
+        model, example = model.double(), example.double()
+        arguments = ([example],)
+    changed = {"folded": surgery.fold(model, example, forward=forward, tolerance=1.0).model}
+    if _hash(name) % 4 == 0:
+        changed["converted"] = surgery.convert(model, "batch").model
+    found, reasons = {}, {}
+    for kind, result in changed.items():
+        for verb, try_it in {"export": _exporting, "compile": _compiling(backend)}.items():
+            found[f"{kind}_{verb}"], reasons[f"{kind}_{verb}"] = try_it(result, model, arguments)
+    why = "; ".join(f"{key}: {reason}" for key, reason in reasons.items() if reason)
+    return Row(name, **found, why=why)
+
+
+def _exporting(changed: nn.Module, original: nn.Module, arguments: tuple[Any, ...]) -> tuple[str, str]:
+    return _outcome(_exported, changed, original, arguments)
+
+
+def _compiling(backend: str) -> Callable[..., tuple[str, str]]:
+    def compiling(changed: nn.Module, original: nn.Module, arguments: tuple[Any, ...]) -> tuple[str, str]:
+        whole, why = _outcome(_compiled(backend, True), changed, original, arguments)
+        if whole != "nor the original":
+            return whole, why
+        parts, why_parts = _outcome(_compiled(backend, False), changed, original, arguments)
+        return ("in parts", why) if parts == "yes" else (parts, why_parts)
+
+    return compiling
+
+
+def _outcome(program: Program, changed: nn.Module, original: nn.Module, arguments: tuple[Any, ...]) -> tuple[str, str]:
+    why = _failure(program, changed, arguments)
+    if not why:
+        return "yes", ""
+    return ("nor the original" if _failure(program, original, arguments) else "no"), why
+
+
+def _failure(program: Program, model: nn.Module, arguments: tuple[Any, ...]) -> str:
+    """Why the program can't be made, or gives something else than the model; "" where it is right."""
+    torch.compiler.reset()
+    try:
+        with torch.no_grad():
+            error = relative_error(program(model, arguments), model(*arguments))
+    except Exception as failure:  # any failure is the finding
+        return " ".join(f"{type(failure).__name__}: {failure}".split())[:150]
+    finally:
+        torch.compiler.reset()
+        gc.collect()
+    return "" if error <= 1e-4 else f"differs by {error:.1e}"
+
+
+def _exported(model: nn.Module, arguments: tuple[Any, ...]) -> Any:
+    return torch.export.export(model, arguments).module()(*arguments)
+
+
+def _compiled(backend: str, whole: bool) -> Program:
+    return lambda model, arguments: torch.compile(model, backend=backend, fullgraph=whole)(*arguments)
+
+
+def main(everything: bool, save: bool, only: Sequence[str] = ()) -> None:
+    """Print a row for each model; with `save`, put each into `benchmarks/results/surgery_programs.csv` at once.
+
+    Of one model a family graphs are made down to kernels (`aot_eager`); of everything, of Python's functions.
+    """
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.CRITICAL)  # a graph that can't be made is printed whole
+    rows = []
+    done = _known() if save and not only else {}
+    for name in sorted(names(everything, only), key=_hash):
+        if name in done:
+            continue
+        try:
+            row = examine(name, "eager" if everything else "aot_eager")
+        except Exception as error:  # one model that can't be made or run must not end the sweep
+            row = Row(name, why=f"failed: {type(error).__name__}: {str(error).splitlines()[0][:150]}")
+        gc.collect()
+        if row is None:
+            continue
+        rows.append(row)
+        print(*(f"{text:45}" if i == 0 else f"{text:9}" for i, text in enumerate(dataclasses.astuple(row))), flush=True)
+        if save:
+            _put(row)
+    ours = [row.model for row in rows if "no" in dataclasses.astuple(row) or row.why.startswith("failed:")]
+    print(f"{len(rows)} models; ours fail where the original does not: {', '.join(ours) or 'none'}.")
+
+
+def _hash(name: str) -> int:
+    return zlib.crc32(name.encode())
+
+
+def _known() -> dict[str, dict[str, Any]]:
+    path, fields = RESULTS / "surgery_programs.csv", [field.name for field in dataclasses.fields(Row)]
+    if not path.exists():
+        return {}
+    with path.open(newline="", encoding="utf-8") as file:
+        return {old["model"]: {key: old[key] for key in fields} for old in csv.DictReader(file)}
+
+
+def _put(row: Row) -> None:
+    rows = _known() | {row.model: dataclasses.asdict(row)}
+    save_results("surgery_programs", [rows[name] for name in sorted(rows)])
