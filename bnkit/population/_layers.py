@@ -67,14 +67,27 @@ def measurable(model: nn.Module) -> tuple[dict[str, _BatchNorm], dict[str, str]]
     in eval mode throughout, none is frozen for that.
 
     Raises:
-        UserError: statistics of less than 32 bits, or not made yet.
+        UserError: statistics of less than 32 bits, or not made yet; a scripted or exported model.
     """
     layers = batch_norms(model)
+    if not layers:
+        _check_modules(model)
     some_train = model.training or any(layer.training for layer in layers.values())
     reasons = {name: _reason_to_leave(layer, some_train) for name, layer in layers.items()}
     chosen = {name: layer for name, layer in layers.items() if reasons[name] is None}
     _check_precision(chosen)
     return chosen, {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+def _check_modules(model: nn.Module) -> None:
+    """Raise if batch norms are operators without a module, as in scripted and exported models."""
+    nodes = model.graph.nodes if isinstance(model, torch.fx.GraphModule) else ()
+    operators = [node for node in nodes if node.op == "call_function" and "batch_norm" in str(node.target)]
+    if operators or isinstance(model, torch.jit.ScriptModule):
+        raise UserError(
+            "statistics are measured in batch norm modules, and a scripted or exported model has none: measure in the "
+            "model that it was made from, and make it again."
+        )
 
 
 def _reason_to_leave(layer: _BatchNorm, some_train: bool) -> str | None:

@@ -512,6 +512,13 @@ def test_other_errors():
         recalibrate(nn.Sequential(nn.LazyBatchNorm2d()), batches(4))
 
 
+def test_batch_norms_without_modules_are_refused():
+    model, (x,) = net().eval(), batches(4)
+    for made in (torch.jit.trace(model, x), torch.export.export(model, (x,)).module()):
+        with pytest.raises(UserError, match="scripted or exported model has none: measure in the model that it was"):
+            recalibrate(made, [x])
+
+
 def test_report_and_undo():
     model = net()
     before = buffers(model)
