@@ -115,7 +115,9 @@ class PaddedShortcut(nn.Module):
         self.stride = stride
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.before, self.after))
+        # Pooling windows of one pixel: a slice's gradient would be contiguous, also where x is channels_last.
+        picked = F.avg_pool2d(x, 1, self.stride)
+        return F.pad(picked, (0, 0, 0, 0, self.before, self.after))
 
 
 class _Block(nn.Module):

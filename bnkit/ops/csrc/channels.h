@@ -125,6 +125,12 @@ static void backward_maps(const bnkit_backward *g, int64_t c, int64_t n, channel
 
 static bool needs_sums(const bnkit_backward *g) { return (g->training && g->dx) || g->dweight || g->dbias; }
 
+/* With a residual, the first sweep can leave dz in dresidual, if `elem` holds it exactly; the second reads only that. */
+INLINE bool can_keep_dz(const bnkit_backward *g)
+{
+    return g->dresidual && needs_sums(g) && (g->activation == BNKIT_RELU || sizeof(elem) == sizeof(real));
+}
+
 /* From the sums of dz and of dz (x - shift); `write` puts the parameters' gradients out. n <= MAX_CHANNELS */
 static void gradient_maps(const bnkit_backward *g, int64_t c, int64_t n, const double *restrict dz,
                           const double *restrict dz_x, bool write, channel_maps out)

@@ -4,13 +4,17 @@
 
 #include "planes.h"
 
+/* Streamed to, dresidual would have to come back from memory for the second sweep. */
+INLINE bool keeps_dz(const bnkit_backward *g) { return !g->stream && can_keep_dz(g); }
+
 INLINE void sum_block_as(const bnkit_backward *g, const planes *p, share s, int b, const channel_maps *maps,
                          accumulator *sums, accumulator *dots, int activation, bool add)
 {
     const elem *dy = g->dy, *x = g->x, *residual = add ? g->residual : g->x;
+    elem *dz = keeps_dz(g) ? g->dresidual : NULL;
 #define SUM(i, at, next, length)                                                                                       \
-    sum_gradient_run(dy + at, x + at, residual + at, next - at, length, forward_maps_of(maps, i), &sums[i], &dots[i],  \
-                     activation, add)
+    sum_gradient_run(dy + at, x + at, residual + at, dz ? dz + at : NULL, next - at, length, forward_maps_of(maps, i), \
+                     &sums[i], &dots[i], activation, add)
     FOR_EACH_UNIT(p, s, block_start(p, b), block_start(p, b + 1), SUM)
 #undef SUM
 }
@@ -45,10 +49,10 @@ static void gradient_maps_of(const bnkit_backward *g, const planes *p, share s, 
 }
 
 INLINE void gradient_of_blocks_as(const bnkit_backward *g, const planes *p, share s, int first, int last,
-                                  const channel_maps *maps, int activation, bool add)
+                                  const channel_maps *maps, const elem *dy, elem *dresidual, int activation, bool add)
 {
-    const elem *dy = g->dy, *x = g->x, *residual = add ? g->residual : g->x;
-    elem *dx = g->dx, *dresidual = g->dresidual;
+    const elem *x = g->x, *residual = add ? g->residual : g->x;
+    elem *dx = g->dx;
 #define GRADIENT(i, at, next, length)                                                                                  \
     gradient_run(dy + at, x + at, residual + at, dx ? dx + at : NULL, dresidual ? dresidual + at : NULL, length,       \
                  backward_maps_of(maps, i), g->training, g->stream, activation, add)
@@ -59,8 +63,12 @@ INLINE void gradient_of_blocks_as(const bnkit_backward *g, const planes *p, shar
 static void gradient_of_blocks(const bnkit_backward *g, const planes *p, share s, int first, int last,
                                const channel_maps *maps)
 {
-#define GRADIENT(activation, add) gradient_of_blocks_as(g, p, s, first, last, maps, activation, add)
-    SPECIALIZE(g->activation, g->residual != NULL, GRADIENT);
+#define GRADIENT(activation, add)                                                                                      \
+    gradient_of_blocks_as(g, p, s, first, last, maps, g->dy, g->dresidual, activation, add)
+    if (keeps_dz(g))
+        gradient_of_blocks_as(g, p, s, first, last, maps, g->dresidual, NULL, BNKIT_NONE, false);
+    else
+        SPECIALIZE(g->activation, g->residual != NULL, GRADIENT);
 #undef GRADIENT
 }
 
@@ -76,7 +84,7 @@ static void backward_share(const bnkit_backward *g, const planes *p, share s, pa
         team_barrier(s.size);
         gradient_maps_of(g, p, s, partial, maps);
     }
-    if (g->dx || g->dresidual)
+    if (g->dx || (g->dresidual && !keeps_dz(g)))
         gradient_of_blocks(g, p, s, first, last, &maps);
     finish_streaming();
 }

@@ -4,12 +4,6 @@
 
 #include "rows.h"
 
-/* With a residual, the first sweep leaves dz in dresidual, if `elem` holds it exactly; the second reads only that. */
-INLINE bool dz_is_kept(const bnkit_backward *g)
-{
-    return g->dresidual && needs_sums(g) && (g->activation == BNKIT_RELU || sizeof(elem) == sizeof(real));
-}
-
 static void sums_of_row_block(const bnkit_backward *g, const rows *p, const row_share *s, int b)
 {
     double *dz = p->partial[0] + b * p->channels, *dz_x = p->partial[1] + b * p->channels;
@@ -18,7 +12,7 @@ static void sums_of_row_block(const bnkit_backward *g, const rows *p, const row_
     patches_of(p, s, row_block_start(p, b), row_block_start(p, b + 1), patches);
     clear_sums(p, s);
     for (int i = 0; i < 2; i++)
-        sum_gradient_rows(g->dy, g->x, g->residual, dz_is_kept(g) ? g->dresidual : NULL, patches[i], p->maps, s->sum,
+        sum_gradient_rows(g->dy, g->x, g->residual, can_keep_dz(g) ? g->dresidual : NULL, patches[i], p->maps, s->sum,
                           s->dot, g->activation, g->stream);
     collapse(p, s, s->sum);
     collapse(p, s, s->dot);
@@ -54,7 +48,7 @@ static void gradient_of_row_block(const bnkit_backward *g, const rows *p, const 
     patch patches[2];
     patches_of(p, s, row_block_start(p, b), row_block_start(p, b + 1), patches);
     for (int i = 0; i < 2; i++)
-        if (dz_is_kept(g))
+        if (can_keep_dz(g))
             gradient_rows(g->dresidual, g->x, NULL, g->dx, NULL, patches[i], p->maps, g->training, BNKIT_NONE,
                           g->stream);
         else
@@ -77,7 +71,7 @@ static void backward_rows_share(const bnkit_backward *g, const rows *p, int rank
             row_gradient_maps(g, p, c, smaller(c1 - c, MAX_CHANNELS));
         team_barrier(size);
     }
-    if (g->dx || (g->dresidual && !dz_is_kept(g)))
+    if (g->dx || (g->dresidual && !can_keep_dz(g)))
         for (int b = s.b1; b-- > s.b0;)
             gradient_of_row_block(g, p, &s, b);
     finish_streaming();

@@ -86,9 +86,10 @@ INLINE void normalize_run(const elem *x, const elem *residual, elem *y, int64_t 
         normalize_vector(x + i, residual + i, y + i, m, activation, add, n - i, false);
 }
 
-/* Adds the sums of dz and of dz (x - shift). The run that will be summed next lies `next` elements on. */
-INLINE void sum_gradient_run(const elem *dy, const elem *x, const elem *residual, int64_t next, int64_t n, vec_maps m,
-                                accumulator *sum, accumulator *dot, int activation, bool add)
+/* Adds the sums of dz and of dz (x - shift). Writes dz out if dresidual is given. The run that will be summed next lies
+ * `next` elements on. */
+INLINE void sum_gradient_run(const elem *dy, const elem *x, const elem *residual, elem *dresidual, int64_t next,
+                             int64_t n, vec_maps m, accumulator *sum, accumulator *dot, int activation, bool add)
 {
     const bool is_short = n < AHEAD;
     int64_t i = 0;
@@ -109,6 +110,8 @@ INLINE void sum_gradient_run(const elem *dy, const elem *x, const elem *residual
             const vec from_x = load(x + at, LANES);
             d[k] = from_x - m.shift;
             dz[k] = vector_dz(dy + at, from_x, residual + at, m, activation, add, LANES);
+            if (dresidual)
+                store(dresidual + at, dz[k], LANES, false);
         }
         accumulate(sum, tree_sum(dz));
         accumulate(dot, tree_dot(dz, d));
@@ -116,12 +119,16 @@ INLINE void sum_gradient_run(const elem *dy, const elem *x, const elem *residual
     vec rest = {0}, rest_dot = {0};
     for (; i + LANES <= n; i += LANES) {
         const vec from_x = load(x + i, LANES), dz = vector_dz(dy + i, from_x, residual + i, m, activation, add, LANES);
+        if (dresidual)
+            store(dresidual + i, dz, LANES, false);
         rest += dz;
         rest_dot = multiply_add(dz, from_x - m.shift, rest_dot);
     }
     if (i < n) {
         const vec from_x = load(x + i, n - i);
         const vec dz = first_lanes(vector_dz(dy + i, from_x, residual + i, m, activation, add, n - i), n - i);
+        if (dresidual)
+            store(dresidual + i, dz, n - i, false);
         rest += dz;
         rest_dot = multiply_add(dz, from_x - m.shift, rest_dot);
     }
