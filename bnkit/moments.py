@@ -38,7 +38,8 @@ class Moments:
         Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
 
     Attributes:
-        count: values a channel; an `int`, or after `all_reduce` a float64 tensor without dimensions.
+        count: values a channel; an `int`, or after `all_reduce` a float64 tensor without dimensions. A tensor of mean's
+            shape where the channels of layers with different counts are merged at once.
         mean: their mean, shape (C,).
         m2: the sum of their squared deviations from the mean, shape (C,).
         mean_error: what rounding took off `mean`, shape (C,); the true mean is `mean + mean_error`. With a mean of 1e4

@@ -76,7 +76,7 @@ def _fuses(layer: nn.Module) -> bool:
 def norm_add(norm: nn.Module, activation: nn.Module, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
     """activation(norm(x) + residual), for a pair that `norm_and_activation` made."""
     if isinstance(activation, Fused):
-        return norm(x, residual)
+        return norm(x, residual=residual)  # by name, so that hooks of the positional arguments leave it alone
     y = norm(x)
     return activation(y if residual is None else y + residual)
 
