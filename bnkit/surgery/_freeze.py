@@ -34,12 +34,14 @@ def freeze(
         inplace: change `model` itself.
 
     Raises:
-        UserError: neither statistics nor affine.
+        UserError: neither statistics nor affine; or affine inside DistributedDataParallel, which waits for a gradient
+            of each parameter that needed one at first.
     """
     require(
         statistics or affine, "freeze needs something to freeze, got statistics=False, affine=False: leave one True."
     )
-    check_unwrapped(model)
+    if affine:
+        check_unwrapped(model)
     changed, skipped = {}, {}
     with Operation(model, inplace=inplace) as operation:
         replace = replacement("frozen", {}, operation.model, None)
@@ -74,8 +76,12 @@ def unfreeze(
         affine: let go of weight and bias.
         where: which layers, as in `convert`. Default: all.
         inplace: change `model` itself.
+
+    Raises:
+        UserError: affine inside DistributedDataParallel, as in `freeze`.
     """
-    check_unwrapped(model)
+    if affine:
+        check_unwrapped(model)
     changed, skipped = {}, {}
     with Operation(model, inplace=inplace) as operation:
         for name, layer in selected(operation.model, where):

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bnkit import UserError
 from bnkit.graph import tensors_in
-from bnkit.surgery import convert, fold, freeze, fuse, insert
+from bnkit.surgery import convert, fold, freeze, fuse, insert, unfreeze
 
 
 def values(*shape: int, seed: int = 1) -> Tensor:
@@ -219,7 +219,7 @@ def test_fusing_under_activation_checkpointing():
     assert "bn" in surgery.changed
 
 
-def test_a_model_under_distributed_training_is_refused_but_for_conversion(tmp_path):
+def test_a_model_under_distributed_training_is_refused_but_for_what_keeps_its_parameters(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         model, x = nn.parallel.DistributedDataParallel(normed()), values(2, 3, 6, 6)
@@ -227,6 +227,9 @@ def test_a_model_under_distributed_training_is_refused_but_for_conversion(tmp_pa
             with pytest.raises(UserError, match=r"pass model.module, and wrap the result"):
                 verb()
         assert convert(model, "sync").changed
+        frozen = freeze(model, affine=False)
+        assert frozen.changed
+        assert unfreeze(frozen.model, affine=False).changed == dict.fromkeys(frozen.changed, "released statistics")
     finally:
         dist.destroy_process_group()
 
