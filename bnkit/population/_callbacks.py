@@ -14,13 +14,18 @@ from ._result import Recalibration
 class Callback:
     """Has every hook that Lightning calls; those that a subclass does not define do nothing.
 
-    A Lightning `Trainer` asks its callbacks for each hook by name, whatever class they are of.
+    A Lightning `Trainer` asks its callbacks for each hook by name, whatever class they are of. It takes them in a list.
     """
 
     @property
     def state_key(self) -> str:
         """The name under which a checkpoint keeps the state."""
         return type(self).__qualname__
+
+    @property
+    def _legacy_state_key(self) -> str:
+        """Where Lightning looks next, in old checkpoints: there are none of ours."""
+        return self.state_key
 
     def setup(self, trainer: Any, pl_module: Any, stage: str | None = None) -> None:
         """Before anything else."""
@@ -81,6 +86,7 @@ class EMACallback(Callback):
         self._arguments = {name: options.pop(name) for name in ("buffers", "device") if name in options}
         self._decay, self._data, self._options = decay, data, options
         self._loaded: dict[str, Any] | None = None
+        self._step: int | None = None
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin with a copy of the model, or go on from a checkpoint."""
@@ -88,9 +94,13 @@ class EMACallback(Callback):
         if self._loaded is not None:
             self.ema.load_state_dict(self._loaded)
 
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Note the steps so far; a checkpoint's are known only now."""
+        self._step = trainer.global_step
+
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Take in the model, if the optimizer has stepped: under accumulation that is not after every batch."""
-        if trainer.global_step != getattr(self, "_step", None):
+        if trainer.global_step != self._step:
             self._step = trainer.global_step
             self.ema.update(pl_module)
 

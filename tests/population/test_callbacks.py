@@ -45,7 +45,8 @@ def test_ema_updates_once_a_step():
     model, run, data = net(), trainer(None), batches(4)
     callback = EMACallback(0.5, data, buffers="recalibrate", method="layerwise")
     callback.on_fit_start(run, model)
-    for step in (1, 1, 2):
+    callback.on_train_start(run, model)
+    for step in (0, 1, 1, 2):
         run.global_step = step
         callback.on_train_batch_end(run, model, None, None, 0)
     assert callback.ema.n_averaged == 2
