@@ -76,3 +76,19 @@ def save_results(name: str, rows: Sequence[Mapping[str, object]]) -> Path:
         writer.writeheader()
         writer.writerows(full)
     return path
+
+
+def saved_rows(name: str, fields: Sequence[str]) -> dict[str, dict[str, object]]:
+    """The rows of `results/<name>.csv` by the first of these fields, with these fields alone; none without the file."""
+    path = RESULTS / f"{name}.csv"
+    if not path.exists():
+        return {}
+    with path.open(newline="", encoding="utf-8") as file:
+        return {old[fields[0]]: {key: old[key] for key in fields} for old in csv.DictReader(file)}
+
+
+def save_row(name: str, row: Mapping[str, object]) -> None:
+    """Put a row into `results/<name>.csv`, in place of the one with the same first field; the others stay, sorted."""
+    fields = list(row)
+    rows = saved_rows(name, fields) | {str(row[fields[0]]): dict(row)}
+    save_results(name, [rows[key] for key in sorted(rows)])

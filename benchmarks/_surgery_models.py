@@ -145,3 +145,8 @@ def example_for(name: str, model: nn.Module) -> tuple[Any, Forward | None]:
 
 def _detect(model: nn.Module, image: Tensor) -> Any:
     return model([image])
+
+
+def has_batch_norms(model: nn.Module) -> bool:
+    """Whether any module keeps running statistics."""
+    return any(isinstance(getattr(module, "running_var", None), Tensor) for module in model.modules())

@@ -8,7 +8,6 @@ looked at are a sample without bias, and a later run goes on behind those in the
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import gc
 import logging
@@ -18,9 +17,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from _harness import RESULTS, save_results
-from _surgery_models import example_for, made, names, settle
-from torch import Tensor, nn
+from _harness import save_row, saved_rows
+from _surgery_models import example_for, has_batch_norms, made, names, settle
+from torch import nn
 
 from bnkit import surgery
 from bnkit.surgery._verify import relative_error
@@ -46,7 +45,7 @@ class Row:
 def examine(name: str, backend: str) -> Row | None:
     """Fold and convert one model and make programs of both; None for a model without batch norms."""
     model = made(name)
-    if not any(isinstance(getattr(module, "running_var", None), Tensor) for module in model.modules()):
+    if not has_batch_norms(model):
         return None
     example, forward = example_for(name, model)
     settle(model, example, forward)
@@ -118,7 +117,7 @@ def main(everything: bool, save: bool, only: Sequence[str] = ()) -> None:
     warnings.filterwarnings("ignore")
     logging.disable(logging.CRITICAL)  # a graph that can't be made is printed whole
     rows = []
-    done = _known() if save and not only else {}
+    done = saved_rows("surgery_programs", ["model"]) if save and not only else {}
     for name in sorted(names(everything, only), key=_hash):
         if name in done:
             continue
@@ -132,23 +131,10 @@ def main(everything: bool, save: bool, only: Sequence[str] = ()) -> None:
         rows.append(row)
         print(*(f"{text:45}" if i == 0 else f"{text:9}" for i, text in enumerate(dataclasses.astuple(row))), flush=True)
         if save:
-            _put(row)
+            save_row("surgery_programs", dataclasses.asdict(row))
     ours = [row.model for row in rows if "no" in dataclasses.astuple(row) or row.why.startswith("failed:")]
     print(f"{len(rows)} models; ours fail where the original does not: {', '.join(ours) or 'none'}.")
 
 
 def _hash(name: str) -> int:
     return zlib.crc32(name.encode())
-
-
-def _known() -> dict[str, dict[str, Any]]:
-    path, fields = RESULTS / "surgery_programs.csv", [field.name for field in dataclasses.fields(Row)]
-    if not path.exists():
-        return {}
-    with path.open(newline="", encoding="utf-8") as file:
-        return {old["model"]: {key: old[key] for key in fields} for old in csv.DictReader(file)}
-
-
-def _put(row: Row) -> None:
-    rows = _known() | {row.model: dataclasses.asdict(row)}
-    save_results("surgery_programs", [rows[name] for name in sorted(rows)])

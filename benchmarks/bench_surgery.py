@@ -10,7 +10,6 @@ bits. Exporting and compiling is on request, and in a table of its own: see `_su
 from __future__ import annotations
 
 import collections
-import csv
 import dataclasses
 import gc
 import pickle
@@ -21,8 +20,8 @@ from typing import Any
 
 import _surgery_programs
 import torch
-from _harness import RESULTS, save_results
-from _surgery_models import example_for, made, names, settle
+from _harness import save_row
+from _surgery_models import example_for, has_batch_norms, made, names, settle
 from torch import Tensor, nn
 
 from bnkit import surgery
@@ -50,7 +49,7 @@ class Row:
 def examine(name: str) -> Row:
     """Fold one model and check what came out."""
     model = made(name)
-    if not any(isinstance(getattr(module, "running_var", None), Tensor) for module in model.modules()):
+    if not has_batch_norms(model):
         return Row(name)
     example, forward = example_for(name, model)
     settle(model, example, forward)
@@ -154,7 +153,7 @@ def main(everything: bool, save: bool, export: bool, only: Sequence[str] = ()) -
         rows.append(row)
         print(_line(row), flush=True)
         if save:
-            _put(row)
+            save_row("surgery", dataclasses.asdict(row))
     _print_summary(rows)
 
 
@@ -171,13 +170,3 @@ def _print_summary(rows: Sequence[Row]) -> None:
     print(f"{len(rows)} models, {len(worked)} with batch norms: {folded} of {found} folded, largest error {worst:.1e}.")
     if failed:
         print(f"Failed: {', '.join(failed)}.")
-
-
-def _put(row: Row) -> None:
-    path, fields = RESULTS / "surgery.csv", [field.name for field in dataclasses.fields(Row)]
-    known: dict[str, dict[str, Any]] = {}
-    if path.exists():
-        with path.open(newline="", encoding="utf-8") as file:
-            known = {old["model"]: {key: old[key] for key in fields} for old in csv.DictReader(file)}
-    known[row.model] = dataclasses.asdict(row)
-    save_results("surgery", [known[name] for name in sorted(known)])

@@ -6,6 +6,7 @@ import warnings
 from typing import Any
 
 import pytest
+import settled_models
 import torch
 from torch import Tensor, nn
 
@@ -22,15 +23,7 @@ VERBS = {
 
 
 def randomized(model: nn.Module) -> Any:
-    """In eval mode, with batch norms that do something."""
-    torch.manual_seed(1)
-    norms: list[Any] = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    for norm in norms:
-        for tensor in (norm.weight, norm.running_var):
-            tensor.data.uniform_(0.5, 1.5)
-        for tensor in (norm.bias, norm.running_mean):
-            tensor.data.normal_()
-    return model.double().eval()
+    return settled_models.settled(model, seed=1)
 
 
 @pytest.mark.parametrize("verb", VERBS)

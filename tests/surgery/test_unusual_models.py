@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import settled_models
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -27,15 +28,7 @@ def values(*shape: int, seed: int = 1) -> Tensor:
 
 
 def settled(model: nn.Module) -> Any:
-    """In float64 and eval mode, with batch norms that do something."""
-    torch.manual_seed(2)
-    norms: list[Any] = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    for norm in norms:
-        for tensor in (norm.weight, norm.running_var):
-            tensor.data.uniform_(0.5, 1.5)
-        for tensor in (norm.bias, norm.running_mean):
-            tensor.data.normal_()
-    return model.double().eval()
+    return settled_models.settled(model, seed=2)
 
 
 def normed() -> Any:
