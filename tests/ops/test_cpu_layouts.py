@@ -140,6 +140,27 @@ def test_what_is_copied_gives_the_bits_of_the_copy(layout):
     assert_identical(there, oracle.run(case, batch_norm), layout.__name__)
 
 
+TRANSPOSED = {
+    (2, 64, 8, 16): "whole squares",
+    (3, 37, 5, 9): "squares that are cut at both edges",
+    (1, 1, 70, 2): "one channel",
+    (2, 130, 1, 3): "planes narrower than a square",
+    (5, 3, 4, 7, 6): "volumes",
+    (2, 65, 40): "sequences",
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", TRANSPOSED, ids=str)
+@pytest.mark.usefixtures("instruction_set")
+def test_copies_to_the_other_layout(shape, dtype):
+    x = torch.randn(shape).to(dtype)
+    for start, end in ((offset(x), channels_last(x)), (channels_last_offset(x), x)):
+        copied = cpu._like(start, end)
+        assert copied.stride() == end.stride()
+        assert torch.equal(copied, x)
+
+
 def direct(case: oracle.Case, **moved: Tensor) -> dict[str, Tensor | None]:
     """What the backend returns. Autograd would lay a leaf's gradient out like the leaf."""
     case = dataclasses.replace(case, **moved)

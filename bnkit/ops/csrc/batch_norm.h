@@ -55,10 +55,18 @@ typedef struct {
     void *dweight, *dbias;  /* out: real (channels), or NULL when not wanted */
 } bnkit_backward;
 
-/* One instruction set's code for one element type. Both return false when memory for partial sums is refused. */
+typedef struct {
+    int64_t outer, rows, columns;
+    int threads;
+    const void *in;         /* elem (outer, rows, columns) */
+    void *out;              /* out: elem (outer, columns, rows) */
+} bnkit_transposition;
+
+/* One instruction set's code for one element type. The passes return false when memory for partial sums is refused. */
 typedef struct {
     bool (*forward)(const bnkit_forward *);
     bool (*backward)(const bnkit_backward *);
+    void (*transpose)(const bnkit_transposition *);
 } bnkit_kernels;
 
 #endif

@@ -1,4 +1,4 @@
-/* The library's three functions: choose the instruction set and the number of threads, then run the kernels. */
+/* The library's four functions: choose the instruction set and the number of threads, then run the kernels. */
 #include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
@@ -146,4 +146,16 @@ EXPORT int bnkit_batch_norm_backward(int dtype, int activation, int training, in
         .dx = dx, .dresidual = dresidual, .dweight = dweight, .dbias = dbias,
     };
     return chosen.kernels[dtype]->backward(&g);
+}
+
+EXPORT void bnkit_transpose(int dtype, int threads, int64_t outer, int64_t rows, int64_t columns, const void *in,
+                            void *out)
+{
+    const int64_t elements = outer * rows * columns;
+    bnkit_advise_output(out, bytes_of(dtype, elements));
+    const bnkit_transposition t = {
+        .outer = outer, .rows = rows, .columns = columns, .threads = threads_for(elements, threads), .in = in,
+        .out = out,
+    };
+    chosen.kernels[dtype]->transpose(&t);
 }

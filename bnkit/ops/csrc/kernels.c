@@ -3,6 +3,7 @@
 #include "planes_forward.h"
 #include "rows_backward.h"
 #include "rows_forward.h"
+#include "transpose.h"
 
 /* Planes shorter than this leave vectors too empty. */
 enum { MIN_PLANE = 16 };
@@ -14,4 +15,4 @@ static bool backward(const bnkit_backward *g) { return g->inner < MIN_PLANE ? ba
 #define NAME(set, type) JOIN(set, type)
 
 extern const bnkit_kernels NAME(BNKIT_SET, BNKIT_TYPE);
-const bnkit_kernels NAME(BNKIT_SET, BNKIT_TYPE) = {forward, backward};
+const bnkit_kernels NAME(BNKIT_SET, BNKIT_TYPE) = {forward, backward, transpose};
