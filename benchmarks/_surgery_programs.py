@@ -12,13 +12,12 @@ import dataclasses
 import gc
 import logging
 import warnings
-import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from _harness import save_row, saved_rows
-from _surgery_models import example_for, has_batch_norms, made, names, settle
+from _surgery_models import example_for, has_batch_norms, hash_of, in_order_of_hash, made, names, settle
 from torch import nn
 
 from bnkit import surgery
@@ -55,7 +54,7 @@ def examine(name: str, backend: str) -> Row | None:
         model, example = model.double(), example.double()
         arguments = ([example],)
     changed = {"folded": surgery.fold(model, example, forward=forward, tolerance=1.0).model}
-    if _hash(name) % 4 == 0:
+    if hash_of(name) % 4 == 0:
         changed["converted"] = surgery.convert(model, "batch").model
     found, reasons = {}, {}
     for kind, result in changed.items():
@@ -118,7 +117,7 @@ def main(everything: bool, save: bool, only: Sequence[str] = ()) -> None:
     logging.disable(logging.CRITICAL)  # a graph that can't be made is printed whole
     rows = []
     done = saved_rows("surgery_programs", ["model"]) if save and not only else {}
-    for name in sorted(names(everything, only), key=_hash):
+    for name in in_order_of_hash(names(everything, only)):
         if name in done:
             continue
         try:
@@ -134,7 +133,3 @@ def main(everything: bool, save: bool, only: Sequence[str] = ()) -> None:
             save_row("surgery_programs", dataclasses.asdict(row))
     ours = [row.model for row in rows if "no" in dataclasses.astuple(row) or row.why.startswith("failed:")]
     print(f"{len(rows)} models; ours fail where the original does not: {', '.join(ours) or 'none'}.")
-
-
-def _hash(name: str) -> int:
-    return zlib.crc32(name.encode())

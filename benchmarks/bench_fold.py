@@ -8,7 +8,6 @@ of its own. Every side's outputs are held against those of the network as it is 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import warnings
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from _harness import in_fresh_process, quantiles, save_results, take_turns
 from _surgery_models import made, settle
+from _surgery_speed import folded_by_fx
 from rich.console import Console
 from torch import nn
 
@@ -37,11 +37,8 @@ BATCHES, SIDE = (1, 32), 128
 
 
 def _folded_by_fx(model: nn.Module) -> nn.Module | None:
-    """None where torch.fx can't trace it."""
-    from torch.fx.experimental.optimization import fuse
-
     try:
-        return fuse(copy.deepcopy(model))
+        return folded_by_fx(model)
     except Exception:  # whatever tracing or matching fails on is a finding
         return None
 

@@ -4,7 +4,8 @@ A row tells the batch norms found and folded, the reasons of those left, the lar
 outputs in eval mode, in float32 and, for models that are not large, in float64, and beside it how far the model's own
 outputs in float32 are from those in float64: a deep random network amplifies any rounding. It also tells whether the
 folded model pickles, and whether batch norms converted through every kind that keeps statistics and back have the same
-bits. Exporting and compiling is on request, and in a table of its own: see `_surgery_programs.py`.
+bits. Two other examinations are on request, each with a table of its own: `_surgery_programs.py` exports and compiles,
+`_surgery_speed.py` times.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import _surgery_programs
+import _surgery_speed
 import torch
 from _harness import save_row
 from _surgery_models import example_for, has_batch_norms, made, names, settle
@@ -134,14 +136,20 @@ def _reasons(skipped: dict[str, str]) -> list[str]:
     return [f"{count} × {reason}" for reason, count in collections.Counter(short).most_common(3)]
 
 
-def main(everything: bool, save: bool, export: bool, only: Sequence[str] = ()) -> None:
+def main(everything: bool, save: bool, what: str, only: Sequence[str] = (), compile_too: bool = True) -> None:
     """Print a row for each model; with `save`, put each into `benchmarks/results/surgery.csv` as soon as it is known.
 
-    Rows of models not looked at this time stay in the file. With `export`, programs of them are examined instead.
+    Rows of models not looked at this time stay in the file. `what` may also be "export" or "speed".
     """
-    if export:
+    if what == "export":
         _surgery_programs.main(everything, save, only)
-        return
+    elif what == "speed":
+        _surgery_speed.main(everything, save, only, compile_too)
+    else:
+        _fold_and_convert(everything, save, only)
+
+
+def _fold_and_convert(everything: bool, save: bool, only: Sequence[str]) -> None:
     warnings.filterwarnings("ignore")
     rows = []
     for name in names(everything, only):

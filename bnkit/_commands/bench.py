@@ -59,13 +59,18 @@ def kernels(
 def surgery(
     everything: Annotated[bool, typer.Option("--all", help="All of torchvision's models and most of timm's.")] = False,
     export: Annotated[bool, typer.Option("--export", help="Export and compile the folded models instead.")] = False,
+    speed: Annotated[bool, typer.Option("--speed", help="Time the folded models instead.")] = False,
+    compiled: Annotated[bool, typer.Option(help="With --speed: torch.compile too, which takes hours.")] = True,
     only: Annotated[list[str] | None, typer.Option(help="Names or patterns of models, such as 'timm:dla*'.")] = None,
     save: Annotated[
-        bool, typer.Option("--save", help="Write benchmarks/results/surgery.csv, or surgery_programs.csv.")
+        bool, typer.Option("--save", help="Write benchmarks/results/surgery.csv, surgery_programs.csv or _speed.csv.")
     ] = False,
 ) -> None:
     """Fold and convert over models of torchvision and timm: what folds, what doesn't and why, and how exact it is."""
-    _benchmark("bench_surgery").main(everything, save, export, only or ())
+    if export and speed:
+        raise UserError("--export and --speed are two runs: give one of them.")
+    what = "export" if export else "speed" if speed else "fold"
+    _benchmark("bench_surgery").main(everything, save, what, only or (), compiled)
 
 
 @app.command()

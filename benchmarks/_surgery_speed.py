@@ -1,0 +1,170 @@
+"""Inference on folded models of torchvision and timm: how many times faster than the model as it is.
+
+Beside it `torch.fx`'s `fuse`, `torch.compile` of the model, and of the folded one. In eval mode, float32, contiguous,
+under `bnkit.tune_allocator()`, on batches of 1 and of 32 of the smallest images the model runs on. All sides of a model
+take turns; each side's outputs are first held against those of the model as it is, but for detectors, whose decisions
+rounding may turn. Compiling takes hours: a later run goes on behind the models in the table.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import gc
+import logging
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from _harness import quantiles, save_row, saved_rows, take_turns
+from _surgery_models import example_for, has_batch_norms, in_order_of_hash, made, names, settle
+from torch import nn
+
+from bnkit import surgery
+from bnkit._allocator import tune_allocator
+from bnkit.surgery._verify import relative_error
+
+BATCHES = (1, 32)
+SIDES = ("fold", "fx", "compile", "fold_compile")
+_TABLE = "surgery_speed"
+_SECONDS = 8.0  # that one model's rounds with one batch may take, where three rounds take no longer
+_SHORTEST_ROUND = 0.02  # seconds; faster calls are repeated
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Of each batch size the milliseconds of the model as it is, and the ratio of that time to each side's.
+
+    A ratio is a median over rounds in turns; "fails" where the side can't be made, "differs" where its outputs do, ""
+    where it was not asked for.
+    """
+
+    model: str
+    image: int = 0
+    ms_1: float | str = ""
+    fold_1: float | str = ""
+    fx_1: float | str = ""
+    compile_1: float | str = ""
+    fold_compile_1: float | str = ""
+    ms_32: float | str = ""
+    fold_32: float | str = ""
+    fx_32: float | str = ""
+    compile_32: float | str = ""
+    fold_compile_32: float | str = ""
+    why: str = ""
+
+
+@torch.no_grad()
+def examine(name: str, compile_too: bool) -> Row | None:
+    """Time one model and what others make of it; None for a model without batch norms."""
+    model = made(name)
+    if not has_batch_norms(model):
+        return None
+    example, forward = example_for(name, model)
+    settle(model, example, forward)
+    if forward is None:
+        folded = surgery.fold(model, example, tolerance=1.0).model
+    else:
+        folded = surgery.fold(model.double(), example.double(), forward=forward).model.float()
+        model.float()
+    image = example[-1:] if forward is None else example[None]
+    found: dict[str, Any] = {}
+    for batch in BATCHES:
+        inputs = image.repeat(batch, 1, 1, 1)
+        arguments = (inputs,) if forward is None else (list(inputs),)
+        found |= _ratios(model, folded, arguments, batch, check=forward is None, compile_too=compile_too)
+    return Row(name, image.shape[-1], **found)
+
+
+def _ratios(
+    model: nn.Module, folded: nn.Module, arguments: tuple[Any, ...], batch: int, check: bool, compile_too: bool
+) -> dict[str, float | str]:
+    expected = model(*arguments)
+    cases: dict[str, Callable[[], object]] = {"as it is": lambda: model(*arguments)}
+    found: dict[str, float | str] = {}
+    for side, make in _makers(model, folded, compile_too).items():
+        try:
+            network = make()
+            same = not check or relative_error(network(*arguments), expected) < 1e-3
+        except Exception:  # whatever tracing, matching or compiling fails on is a finding
+            found[f"{side}_{batch}"] = "fails"
+            continue
+        if same:
+            cases[side] = lambda network=network: network(*arguments)
+        else:
+            found[f"{side}_{batch}"] = "differs"
+    times = _timed(cases)
+    found[f"ms_{batch}"] = round(1e3 * quantiles(times["as it is"])[1], 2)
+    for side in list(cases)[1:]:
+        ratios = [a / b for a, b in zip(times["as it is"], times[side], strict=True)]
+        found[f"{side}_{batch}"] = round(quantiles(ratios)[1], 3)
+    torch.compiler.reset()
+    return found
+
+
+def _makers(model: nn.Module, folded: nn.Module, compile_too: bool) -> dict[str, Callable[[], Any]]:
+    makers: dict[str, Callable[[], Any]] = {"fold": lambda: folded, "fx": lambda: folded_by_fx(model)}
+    if compile_too:
+        makers["compile"] = lambda: torch.compile(model, dynamic=False)
+        makers["fold_compile"] = lambda: torch.compile(folded, dynamic=False)
+    return makers
+
+
+def folded_by_fx(model: nn.Module) -> nn.Module:
+    """Raises where torch.fx can't trace it."""
+    from torch.fx.experimental.optimization import fuse
+
+    return fuse(copy.deepcopy(model))
+
+
+def _timed(cases: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
+    """In as many rounds as there is time for, 3 to 7."""
+    start = time.perf_counter()
+    cases["as it is"]()
+    once = time.perf_counter() - start
+    repeats = max(1, round(_SHORTEST_ROUND / once))
+    rounds = int(_SECONDS / (len(cases) * once * repeats))
+    return take_turns(cases, min(max(rounds, 3), 7), warm_up=1, repeats=repeats)
+
+
+def main(everything: bool, save: bool, only: Sequence[str] = (), compile_too: bool = True) -> None:
+    """Print a row for each model; with `save`, put each into `benchmarks/results/surgery_speed.csv` at once."""
+    tune_allocator()
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.CRITICAL)
+    rows: dict[str, dict[str, object]] = {}
+    done = _saved() if save and not only else {}
+    for name in in_order_of_hash(names(everything, only)):
+        if name in done and (done[name]["compile_1"] or not compile_too):
+            continue
+        try:
+            row = examine(name, compile_too)
+        except Exception as error:  # one model that can't be made or run must not end the sweep
+            row = Row(name, why=f"failed: {type(error).__name__}: {str(error).splitlines()[0][:150]}")
+        gc.collect()
+        if row is None:
+            continue
+        rows[name] = dataclasses.asdict(row)
+        print(*(f"{v:45}" if key == "model" else f"{v!s:>7}" for key, v in rows[name].items()), flush=True)
+        if save:
+            save_row(_TABLE, rows[name])
+    print_summary(_saved() if save else rows)
+
+
+def _saved() -> dict[str, dict[str, object]]:
+    return saved_rows(_TABLE, [field.name for field in dataclasses.fields(Row)])
+
+
+def print_summary(rows: Mapping[str, Mapping[str, object]]) -> None:
+    """A line a batch and side: how many models it was timed on, and the ratio's percentiles over them."""
+    for batch in BATCHES:
+        for side in SIDES:
+            column = [row[f"{side}_{batch}"] for row in rows.values()]
+            ratios = [float(str(v)) for v in column if v not in ("", None, "fails", "differs")]
+            failed = sum(v in ("fails", "differs") for v in column)
+            if len(ratios) > 1:
+                low, middle, high = quantiles(ratios)
+                spread = f"median {middle:.2f}, p20 {low:.2f}, p80 {high:.2f}, {min(ratios):.2f} to {max(ratios):.2f}"
+                print(f"batch {batch:2} {side:13} {len(ratios)} models: {spread}; fails on {failed}")
