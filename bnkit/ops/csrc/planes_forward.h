@@ -67,7 +67,8 @@ INLINE void normalize_blocks_as(const bnkit_forward *f, const planes *p, share s
     const elem *x = f->x, *residual = add ? f->residual : f->x;
     elem *y = f->y;
 #define NORMALIZE(i, at, next, length)                                                                                 \
-    normalize_run(x + at, residual + at, y + at, length, forward_maps_of(maps, i), f->stream, activation, add)
+    normalize_run(x + at, residual + at, y + at, next - at, length, forward_maps_of(maps, i), f->stream, activation,   \
+                  add)
     FOR_EACH_UNIT(p, s, block_start(p, first), block_start(p, last), NORMALIZE)
 #undef NORMALIZE
 }

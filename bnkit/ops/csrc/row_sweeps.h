@@ -44,17 +44,17 @@ INLINE bool can_stream(const elem *out, patch p)
             STEP(row_start + column, (p).column + column, (p).width - column);                                         \
     }
 
-/* Calls STEP(i, j, rows, lanes, vectors) for all tiles: UNROLL rows by TILE vectors, or fewer at the edges. */
+/* Calls STEP(i, j, rows, lanes, vectors, next) for all tiles: UNROLL rows by TILE vectors, or fewer at the edges. */
 #define FOR_EACH_TILE_OF(p, r, rows, STEP)                                                                             \
     do {                                                                                                               \
         const int64_t row_start = (p).start + (r) * (p).stride;                                                        \
         int64_t column = 0;                                                                                            \
         for (; column + TILE * LANES <= (p).width; column += TILE * LANES)                                             \
-            STEP(row_start + column, (p).column + column, rows, LANES, TILE);                                          \
+            STEP(row_start + column, (p).column + column, rows, LANES, TILE, next_of(p, r, column));                   \
         for (; column + LANES <= (p).width; column += LANES)                                                           \
-            STEP(row_start + column, (p).column + column, rows, LANES, 1);                                             \
+            STEP(row_start + column, (p).column + column, rows, LANES, 1, next_of(p, r, column));                      \
         if (column < (p).width)                                                                                        \
-            STEP(row_start + column, (p).column + column, rows, (p).width - column, 1);                                \
+            STEP(row_start + column, (p).column + column, rows, (p).width - column, 1, -1);                            \
     } while (0)
 
 #define FOR_EACH_TILE(p, STEP)                                                                                         \
@@ -65,6 +65,22 @@ INLINE bool can_stream(const elem *out, patch p)
         if (r < (p).height)                                                                                            \
             FOR_EACH_TILE_OF(p, r, (int)((p).height - r), STEP);                                                       \
     } while (0)
+
+/* Tiles of rows wider than they are do not go through memory in its order, which memory rewards: so with each of them
+ * as much is asked for of the next UNROLL rows, in that order. From which element on, or -1. */
+INLINE int64_t next_of(patch p, int64_t r, int64_t column)
+{
+    if (p.width <= TILE * LANES || p.width < p.stride || r + 2 * UNROLL > p.height)
+        return -1;
+    return p.start + (r + UNROLL) * p.stride + UNROLL * column;
+}
+
+INLINE void ask_for(const elem *x, int64_t next, int vectors)
+{
+    if (next >= 0)
+        for (int i = 0; i < UNROLL * vectors * LANES; i += CACHE_LINE)
+            prefetch(x + next + i);
+}
 
 INLINE void sum_tile(const elem *x, int64_t stride, int height, int64_t lanes, int vectors, const real *shift,
                      double *sum, double *squares)
@@ -86,8 +102,8 @@ INLINE void sum_tile(const elem *x, int64_t stride, int height, int64_t lanes, i
 /* Adds, for each place in a row, the sums of (x - shift) and of its square. */
 static void sum_rows(const elem *x, patch p, const real *shift, double *sum, double *squares)
 {
-#define SUM(i, j, rows, lanes, vectors)                                                                                \
-    sum_tile(x + (i), p.stride, rows, lanes, vectors, shift + (j), sum + (j), squares + (j))
+#define SUM(i, j, rows, lanes, vectors, next)                                                                          \
+    ask_for(x, next, vectors), sum_tile(x + (i), p.stride, rows, lanes, vectors, shift + (j), sum + (j), squares + (j))
     FOR_EACH_TILE(p, SUM);
 #undef SUM
 }
@@ -135,9 +151,10 @@ INLINE void sum_gradient_tile(const elem *dy, const elem *x, const elem *residua
 INLINE void sum_gradient_rows_as(const elem *dy, const elem *x, const elem *residual, elem *dresidual, patch p,
                                  channel_maps m, double *sum, double *dot, bool stream, int activation, bool add)
 {
-#define SUM(i, j, rows, lanes, vectors)                                                                                \
-    sum_gradient_tile(dy + (i), x + (i), residual + (i), dresidual ? dresidual + (i) : NULL, p.stride, rows, lanes,    \
-                      vectors, m, j, sum, dot, activation, add, stream)
+#define SUM(i, j, rows, lanes, vectors, next)                                                                          \
+    ask_for(x, next, vectors), ask_for(dy, next, vectors), ask_for(residual, add ? next : -1, vectors),                \
+        sum_gradient_tile(dy + (i), x + (i), residual + (i), dresidual ? dresidual + (i) : NULL, p.stride, rows,       \
+                          lanes, vectors, m, j, sum, dot, activation, add, stream)
     FOR_EACH_TILE(p, SUM);
 #undef SUM
 }

@@ -4,21 +4,21 @@
 
 #include "vectors.h"
 
-enum { BATCH = UNROLL * LANES, AHEAD = 2048 / sizeof(elem), CACHE_LINE = 64 / sizeof(elem) };
+enum { BATCH = UNROLL * LANES, AHEAD = 4096 / sizeof(elem) };
 
 /* The processor can't foresee where the next run is: short runs ask for all of it, long ones for the batch that lies
  * AHEAD of the i-th of n elements, or as far into the next run. */
 INLINE void prefetch_run(const elem *next, int64_t n)
 {
     for (int64_t i = 0; i < n; i += CACHE_LINE)
-        __builtin_prefetch(next + i);
+        prefetch(next + i);
 }
 
 INLINE void prefetch_batch(const elem *x, int64_t i, int64_t n, const elem *next)
 {
     const elem *p = i + AHEAD < n ? x + i + AHEAD : next + (i + AHEAD - n);
     for (int k = 0; k < BATCH; k += CACHE_LINE)
-        __builtin_prefetch(p + k);
+        prefetch(p + k);
 }
 
 /* The i-th channel's numbers in every lane. */
@@ -74,9 +74,12 @@ INLINE int64_t head_length(const elem *out, int64_t n, bool stream)
     return head < n ? head : n;
 }
 
-INLINE void normalize_run(const elem *x, const elem *residual, elem *y, int64_t n, vec_maps m, bool stream,
-                             int activation, bool add)
+/* x is in the cache, or follows in memory's order; of a residual the run comes next that lies `next` elements on. */
+INLINE void normalize_run(const elem *x, const elem *residual, elem *y, int64_t next, int64_t n, vec_maps m,
+                          bool stream, int activation, bool add)
 {
+    if (add && n < AHEAD)
+        prefetch_run(residual + next, n);
     int64_t i = head_length(y, n, stream);
     if (i > 0)
         normalize_vector(x, residual, y, m, activation, add, i, false);
@@ -96,6 +99,8 @@ INLINE void sum_gradient_run(const elem *dy, const elem *x, const elem *residual
     if (is_short) {
         prefetch_run(x + next, n);
         prefetch_run(dy + next, n);
+        if (add)
+            prefetch_run(residual + next, n);
     }
     for (; i + BATCH <= n; i += BATCH) {
         vec dz[UNROLL], d[UNROLL];
