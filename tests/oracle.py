@@ -162,11 +162,26 @@ def eager(case: Case) -> Tensor:
     return functions[case.activation](y)
 
 
+def slopes(case: Case) -> Tensor:
+    """dx̂/dx of each channel, apart from what goes by way of the statistics: 1/σ."""
+    var = case.x.double().movedim(1, 0).flatten(1).var(1, correction=0) if case.training else case.running_var
+    assert var is not None
+    return (var.double() + case.eps).rsqrt()
+
+
+def largest_term_of_dx(case: Case) -> float:
+    """The size of what is summed to dx: the terms cancel each other where a channel has few different values."""
+    weight = 1.0 if case.weight is None else case.weight.double().abs()
+    return ((slopes(case) * weight).max() * case.dy.double().abs().max()).item()
+
+
 def assert_as_accurate(ours: Results, case: Case, label: str = "") -> None:
     """Each tensor of `ours` is about as near to the exact one as eager PyTorch's."""
     theirs, true = run(case, eager), exact(case)
     summed = case.dy.double().abs().sum().item() / case.x.shape[1]
     scales = {"dweight": summed, "dbias": summed, "running_mean": case.x.double().abs().max().item()}
+    if case.x.numel():
+        scales["dx"] = largest_term_of_dx(case)
     for name, wanted in true.items():
         if wanted is None:
             assert ours[name] is None, f"{name} should not be there {label}"
@@ -179,7 +194,7 @@ def assert_near(
 ) -> None:
     """The largest error of `ours` is at most twice that of `theirs`, plus four last places of its largest value.
 
-    Sums over a channel may cancel: they get one last place more of `scale`, the size of what is summed, in the type
+    Sums may cancel: they get one last place more of `scale`, the size of what is summed, in the type
     that sums are kept in.
     """
     assert ours is not None, f"{name} is missing {label}"

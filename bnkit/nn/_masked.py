@@ -75,13 +75,14 @@ class MaskedBatchNorm(AnyDimension):
         return torch.where(mask, y, 0)
 
     def _normalize_masked(self, input: Tensor, mask: Tensor, residual: Tensor | None) -> Tensor:
-        count, mean, mean_error, m2 = _masked_moments(input, mask)
+        wide = input.to(statistics_dtype(input.dtype))
+        count, mean, mean_error, m2 = _masked_moments(wide, mask)
         var = m2 / count.clamp(min=1)
         if self.training and self.track_running_stats and not is_recomputation():
             self._track(count, mean, m2)
         invstd = torch.where(count > 1, torch.rsqrt(var + self.eps), 0)
         return reference.normalize(
-            input, mean, invstd, self.weight, self.bias, self.activation, residual, mean_error=mean_error
+            wide, mean, invstd, self.weight, self.bias, self.activation, residual, mean_error, dtype=input.dtype
         )
 
     @torch.no_grad()
@@ -102,7 +103,6 @@ class MaskedBatchNorm(AnyDimension):
 def _masked_moments(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Count (a tensor), mean, what rounding took off the mean, and m2, as `Moments.of` has them."""
     dims = (0, *range(2, x.dim()))
-    x = x.to(statistics_dtype(x.dtype))
     count = mask.sum().to(x.dtype)
     size = count.clamp(min=1)
     mean = x.sum(dims, keepdim=True) / size

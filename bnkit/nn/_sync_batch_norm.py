@@ -27,15 +27,17 @@ def sync_batch_norm(
 ) -> Tensor:
     """`functional.batch_norm` in training, with the moments of the batches of all ranks of an `Exchange`."""
     _check(x, eps, residual)
-    mine = Moments.of(x, (0, *range(2, x.dim())))
+    dtype = statistics_dtype(x.dtype)
+    wide = x.to(dtype)
+    mine = Moments.of(wide, (0, *range(2, x.dim())))
     count, mean, m2 = _MergedMoments.apply(mine.count, mine.mean.double() + mine.mean_error, mine.m2.double(), exchange)
     _check_count(count, x)
     if running_mean is not None and running_var is not None:
         _update(running_mean, running_var, count, mean, m2, momentum)
-    dtype = statistics_dtype(x.dtype)
     rounded = mean.to(dtype)
     invstd = torch.rsqrt(m2 / count.clamp(min=1) + eps).to(dtype)
-    return reference.normalize(x, rounded, invstd, weight, bias, activation, residual, (mean - rounded).to(dtype))
+    error = (mean - rounded).to(dtype)
+    return reference.normalize(wide, rounded, invstd, weight, bias, activation, residual, error, dtype=x.dtype)
 
 
 def _check(x: Tensor, eps: float, residual: Tensor | None) -> None:

@@ -38,8 +38,9 @@ def batch_norm(
     residual: Tensor | None,
 ) -> Tensor:
     """`functional.batch_norm` on arguments already validated."""
-    mean, invstd, mean_error = statistics(x, running_mean, running_var, training, momentum, eps)
-    return normalize(x, mean, invstd, weight, bias, activation, residual, mean_error)
+    wide = x.to(statistics_dtype(x.dtype))  # once, else the two parts of dx would each be rounded to x's type
+    mean, invstd, mean_error = statistics(wide, running_mean, running_var, training, momentum, eps)
+    return normalize(wide, mean, invstd, weight, bias, activation, residual, mean_error, dtype=x.dtype)
 
 
 def statistics(
@@ -73,10 +74,12 @@ def normalize(
     activation: str | None,
     residual: Tensor | None,
     mean_error: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """y = activation(weight · (x - mean) · invstd + bias + residual), rounded once, to the type of x and residual.
 
-    `mean_error` is what rounding took off the mean, as in `Moments`: against a small deviation it shows.
+    `mean_error` is what rounding took off the mean, as in `Moments`: against a small deviation it shows. `dtype` is
+    the type of x before it was widened.
     """
     channels = (1, -1) + (1,) * (x.dim() - 2)
     y = x.to(mean.dtype) - mean.view(channels)
@@ -90,7 +93,8 @@ def normalize(
         y = y + residual
     if activation is not None:
         y = ACTIVATIONS[activation](y)
-    return y.to(x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype))
+    dtype = dtype or x.dtype
+    return y.to(dtype if residual is None else torch.promote_types(dtype, residual.dtype))
 
 
 @torch.no_grad()

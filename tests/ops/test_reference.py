@@ -43,3 +43,14 @@ def test_normalize_rounds_once():
     rounded = reference.normalize(x, *arguments, residual)
     assert rounded.dtype == torch.bfloat16
     assert torch.equal(rounded, reference.normalize(x.float(), *arguments, residual.float()).bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_are_rounded_once(dtype):
+    """What comes through the mean and the deviation is added to the rest before it is rounded to the type of x."""
+    x, dy = torch.randn(2, 50).to(dtype), torch.randn(2, 50).to(dtype)
+    found = []
+    for values in (x.requires_grad_(), x.detach().float().requires_grad_()):
+        y = reference.batch_norm(values, None, None, None, None, True, 0.1, 1e-5, None, None)
+        found += torch.autograd.grad(y, values, dy.to(y.dtype))
+    assert torch.equal(found[0], found[1].to(dtype))
