@@ -184,27 +184,30 @@ def _laid_out(x: Tensor) -> tuple[Tensor, int, int]:
 
 
 def _like(tensor: Tensor, x: Tensor) -> Tensor:
-    """The tensor with the strides of x, which are those of one of the two layouts."""
+    """The tensor in the order of x, which is one of the two that the kernels read."""
     if tensor.stride() == x.stride():
         return tensor
+    # Strides of dimensions of size 1 tell nothing.
+    is_contiguous, is_rows = tensor.is_contiguous(), tensor.movedim(1, -1).is_contiguous()
+    if is_contiguous if x.is_contiguous() else is_rows:
+        return tensor
     found = torch.empty_like(x)
-    if tensor.is_contiguous() and tensor.dtype is x.dtype:
-        return _transposed(tensor, found, tensor.shape[1], tensor[0, 0].numel())
-    if found.is_contiguous() and tensor.dtype is x.dtype and tensor.movedim(1, -1).is_contiguous():
-        return _transposed(tensor, found, tensor[0, 0].numel(), tensor.shape[1])
+    if tensor.dtype is x.dtype and (is_contiguous or is_rows):
+        return _transposed(tensor, found, to_rows=is_contiguous)
     return found.copy_(tensor)
 
 
-def _transposed(tensor: Tensor, found: Tensor, rows: int, columns: int) -> Tensor:
-    """Copied to the other layout: PyTorch's own copy takes ten times as long where planes are a power of two."""
+def _transposed(tensor: Tensor, found: Tensor, to_rows: bool) -> Tensor:
+    """Copied to the other order: PyTorch's own copy takes up to five times as long where planes are a power of two."""
+    channels, inner = tensor.shape[1], tensor[0, 0].numel()
     library = _library()
     assert library is not None
     library.bnkit_transpose(
         _DTYPES[tensor.dtype],
         torch.get_num_threads(),
         tensor.shape[0],
-        rows,
-        columns,
+        channels if to_rows else inner,
+        inner if to_rows else channels,
         tensor.data_ptr(),
         found.data_ptr(),
     )

@@ -157,8 +157,28 @@ def test_copies_to_the_other_layout(shape, dtype):
     x = torch.randn(shape).to(dtype)
     for start, end in ((offset(x), channels_last(x)), (channels_last_offset(x), x)):
         copied = cpu._like(start, end)
-        assert copied.stride() == end.stride()
         assert torch.equal(copied, x)
+        assert copied.is_contiguous() if end.is_contiguous() else copied.movedim(1, -1).is_contiguous()
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 6, 5, 7), (4, 6, 1, 7), (4, 6, 7, 1), (1, 6, 1, 7), (4, 1, 5, 7), (4, 6, 1, 1)], ids=str
+)
+def test_strides_of_dimensions_of_size_1_tell_nothing(shape):
+    """A slice of one image keeps the stride of the whole, and so on: such tensors are contiguous all the same."""
+    strides = [999 if size == 1 else stride for size, stride in zip(shape, torch.empty(shape).stride(), strict=True)]
+    last = [
+        999 if size == 1 else stride
+        for size, stride in zip(shape, channels_last(torch.empty(shape)).stride(), strict=True)
+    ]
+    for of_x, of_others in itertools.product((None, strides, last), repeat=2):
+        case = make_case(shape, activation="relu", residual=True)
+        moved = {}
+        for field in ("x", "dy", "residual"):
+            tensor, wanted = getattr(case, field), of_x if field == "x" else of_others
+            there = tensor if wanted is None else torch.empty_strided(shape, wanted).copy_(tensor)
+            moved[field] = there
+        check(dataclasses.replace(case, **moved), f"{of_x} {of_others}")
 
 
 def direct(case: oracle.Case, **moved: Tensor) -> dict[str, Tensor | None]:
