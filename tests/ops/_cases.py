@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,24 +23,29 @@ needs_kernels = pytest.mark.skipif(not cpu.available(), reason="installed withou
 
 
 @pytest.fixture(params=["avx512", "avx2", "portable"])
-def instruction_set(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The kernels as a machine with no more than this instruction set would run them."""
-    library = load(request.param, tmp_path)
+    library = load(request.param)
     if library.bnkit_instruction_set().decode() != request.param:
         pytest.skip(f"this machine has no {request.param}")
     monkeypatch.setattr(cpu, "_library", lambda: library)
     return request.param
 
 
-def load(instruction_set: str, folder: Path) -> ctypes.CDLL:
-    """Another copy of the library, since one is told its instruction set when it is loaded."""
+@functools.cache
+def load(instruction_set: str) -> ctypes.CDLL:
+    """Another copy of the library, since one is told its instruction set when it is loaded.
+
+    One for all tests of a process: under the sanitizers it has 70 MB.
+    """
     loaded = cpu._library()
     assert loaded is not None
-    copy = shutil.copy(loaded._name, folder / f"{instruction_set}.so")
     before = os.environ.get("BNKIT_CPU")
     os.environ["BNKIT_CPU"] = instruction_set
     try:
-        return cpu._declared(ctypes.CDLL(str(copy)))
+        with tempfile.TemporaryDirectory() as folder:
+            copy = shutil.copy(loaded._name, Path(folder) / f"{instruction_set}.so")
+            return cpu._declared(ctypes.CDLL(str(copy)))
     finally:
         del os.environ["BNKIT_CPU"]
         if before is not None:
