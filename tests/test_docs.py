@@ -60,7 +60,7 @@ def complaint(arguments):
         if words[0] not in subcommands(command):
             return f"no command {words[0]!r}"
         command = subcommands(command)[words.pop(0)]
-    known = {"--help"}.union(*(parameter.opts for parameter in command.params))
+    known = {"--help"}.union(*([*parameter.opts, *parameter.secondary_opts] for parameter in command.params))
     unknown = [word for word in words if word.startswith("-") and word.split("=")[0] not in known]
     return f"no option {', '.join(unknown)}" if unknown else None
 
@@ -96,6 +96,7 @@ def test_complaints():
     assert list(bnkit_calls("pip install uv && uv run bnkit compare --quick  # short")) == [["compare", "--quick"]]
     assert complaint(["compare", "--steps", "5", "--lr=0.1"]) is None
     assert complaint(["bench", "compare", "--rounds", "3"]) is None
+    assert complaint(["bench", "fold", "--no-compiled"]) is None
     assert complaint(["compair"]) == "no command 'compair'"
     assert complaint(["compare", "--step", "5"]) == "no option --step"
 
