@@ -161,3 +161,13 @@ def _detect(model: nn.Module, image: Tensor) -> Any:
 def has_batch_norms(model: nn.Module) -> bool:
     """Whether any module keeps running statistics."""
     return any(isinstance(getattr(module, "running_var", None), Tensor) for module in model.modules())
+
+
+def ready(name: str) -> tuple[nn.Module, Any, Forward | None] | None:
+    """The model settled on an example, the example, and how to run the model on it; None without batch norms."""
+    model = made(name)
+    if not has_batch_norms(model):
+        return None
+    example, forward = example_for(name, model)
+    settle(model, example, forward)
+    return model, example, forward

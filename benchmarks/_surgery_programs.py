@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from _harness import save_row, saved_rows
-from _surgery_models import example_for, has_batch_norms, hash_of, in_order_of_hash, made, names, settle
+from _surgery_models import hash_of, in_order_of_hash, names, ready
 from torch import nn
 
 from bnkit import surgery
@@ -45,11 +45,9 @@ class Row:
 
 def examine(name: str, backend: str) -> Row | None:
     """Fold and convert one model and make programs of both; None for a model without batch norms."""
-    model = made(name)
-    if not has_batch_norms(model):
+    if (prepared := ready(name)) is None:
         return None
-    example, forward = example_for(name, model)
-    settle(model, example, forward)
+    model, example, forward = prepared
     if forward is None:
         arguments: tuple[Any, ...] = (example,)
     else:  # of detectors, of which rounding may turn the decisions

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from _harness import quantiles, save_row, saved_rows, take_turns
-from _surgery_models import example_for, has_batch_norms, in_order_of_hash, made, names, settle
+from _surgery_models import in_order_of_hash, names, ready
 from torch import nn
 
 from bnkit import surgery
@@ -60,27 +60,49 @@ class Row:
 @torch.no_grad()
 def examine(name: str, compile_too: bool) -> Row | None:
     """Time one model and what others make of it; None for a model without batch norms."""
-    model = made(name)
-    if not has_batch_norms(model):
+    if (prepared := ready(name)) is None:
         return None
-    example, forward = example_for(name, model)
-    settle(model, example, forward)
+    model, example, forward = prepared
     if forward is None:
         folded = surgery.fold(model, example, tolerance=1.0).model
     else:
         folded = surgery.fold(model.double(), example.double(), forward=forward).model.float()
         model.float()
     image = example[-1:] if forward is None else example[None]
+    sides = _sides(model, folded, compile_too)
     found: dict[str, Any] = {}
     for batch in BATCHES:
         inputs = image.repeat(batch, 1, 1, 1)
         arguments = (inputs,) if forward is None else (list(inputs),)
-        found |= _ratios(model, folded, arguments, batch, check=forward is None, compile_too=compile_too)
+        found |= _ratios(model, sides, arguments, batch, check=forward is None)
     return Row(name, image.shape[-1], **found)
 
 
+def _sides(model: nn.Module, folded: nn.Module, compile_too: bool) -> dict[str, Callable[..., object] | None]:
+    """None where one can't be made."""
+    sides: dict[str, Callable[..., object] | None] = {"fold": folded, "fx": folded_by_fx(model)}
+    if compile_too:
+        sides["compile"] = torch.compile(model, dynamic=False)
+        sides["fold_compile"] = torch.compile(folded, dynamic=False)
+    return sides
+
+
+def folded_by_fx(model: nn.Module) -> nn.Module | None:
+    """None where torch.fx can't trace it."""
+    from torch.fx.experimental.optimization import fuse
+
+    try:
+        return fuse(copy.deepcopy(model))
+    except Exception:  # whatever tracing or matching fails on is a finding
+        return None
+
+
 def _ratios(
-    model: nn.Module, folded: nn.Module, arguments: tuple[Any, ...], batch: int, check: bool, compile_too: bool
+    model: nn.Module,
+    sides: Mapping[str, Callable[..., object] | None],
+    arguments: tuple[Any, ...],
+    batch: int,
+    check: bool,
 ) -> dict[str, float | str]:
     start = time.perf_counter()
     expected = model(*arguments)
@@ -88,17 +110,12 @@ def _ratios(
         return {f"ms_{batch}": round(1e3 * seconds)}
     cases: dict[str, Callable[[], object]] = {"as it is": lambda: model(*arguments)}
     found: dict[str, float | str] = {}
-    for side, make in _makers(model, folded, compile_too).items():
-        try:
-            network = make()
-            same = not check or relative_error(network(*arguments), expected) < 1e-3
-        except Exception:  # whatever tracing, matching or compiling fails on is a finding
-            found[f"{side}_{batch}"] = "fails"
-            continue
-        if same:
-            cases[side] = lambda network=network: network(*arguments)
+    for side, network in sides.items():
+        fault = _fault(network, arguments, expected if check else None)
+        if network is None or fault:
+            found[f"{side}_{batch}"] = fault
         else:
-            found[f"{side}_{batch}"] = "differs"
+            cases[side] = lambda network=network: network(*arguments)
     times = _timed(cases)
     found[f"ms_{batch}"] = round(1e3 * quantiles(times["as it is"])[1], 2)
     for side in list(cases)[1:]:
@@ -108,19 +125,15 @@ def _ratios(
     return found
 
 
-def _makers(model: nn.Module, folded: nn.Module, compile_too: bool) -> dict[str, Callable[[], Any]]:
-    makers: dict[str, Callable[[], Any]] = {"fold": lambda: folded, "fx": lambda: folded_by_fx(model)}
-    if compile_too:
-        makers["compile"] = lambda: torch.compile(model, dynamic=False)
-        makers["fold_compile"] = lambda: torch.compile(folded, dynamic=False)
-    return makers
-
-
-def folded_by_fx(model: nn.Module) -> nn.Module:
-    """Raises where torch.fx can't trace it."""
-    from torch.fx.experimental.optimization import fuse
-
-    return fuse(copy.deepcopy(model))
+def _fault(network: Callable[..., object] | None, arguments: tuple[Any, ...], expected: object) -> str:
+    """One of "fails" and "differs", "" where nothing is wrong. Outputs are compared if expected ones are given."""
+    if network is None:
+        return "fails"
+    try:
+        outputs = network(*arguments)
+        return "" if expected is None or relative_error(outputs, expected) < 1e-3 else "differs"
+    except Exception:  # whatever compiling fails on is a finding
+        return "fails"
 
 
 def _timed(cases: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:

@@ -18,7 +18,6 @@ from _harness import in_fresh_process, quantiles, save_results, take_turns
 from _surgery_models import made, settle
 from _surgery_speed import folded_by_fx
 from rich.console import Console
-from torch import nn
 
 from bnkit import fold
 from bnkit._allocator import tune_allocator
@@ -36,13 +35,6 @@ NETS = (
 BATCHES, SIDE = (1, 32), 128
 
 
-def _folded_by_fx(model: nn.Module) -> nn.Module | None:
-    try:
-        return folded_by_fx(model)
-    except Exception:  # whatever tracing or matching fails on is a finding
-        return None
-
-
 @torch.no_grad()
 def measure(name: str, rounds: int, compile_too: bool) -> list[dict[str, Any]]:
     """A row for each batch size and side, with the ratio of the unfolded network's time to its own."""
@@ -51,7 +43,7 @@ def measure(name: str, rounds: int, compile_too: bool) -> list[dict[str, Any]]:
     model = made(name)
     settle(model, torch.randn(8, 3, SIDE, SIDE), None)
     folded = fold(model, torch.randn(2, 3, SIDE, SIDE), tolerance=1e-3).model
-    sides: dict[str, Any] = {"as it is": model, "bnkit.fold": folded, "torch.fx fuse": _folded_by_fx(model)}
+    sides: dict[str, Any] = {"as it is": model, "bnkit.fold": folded, "torch.fx fuse": folded_by_fx(model)}
     if compile_too:
         sides |= {"torch.compile": torch.compile(model), "bnkit.fold, torch.compile": torch.compile(folded)}
     rows = []

@@ -23,7 +23,7 @@ import _surgery_programs
 import _surgery_speed
 import torch
 from _harness import save_row
-from _surgery_models import example_for, has_batch_norms, made, names, settle
+from _surgery_models import names, ready
 from torch import Tensor, nn
 
 from bnkit import surgery
@@ -50,11 +50,9 @@ class Row:
 
 def examine(name: str) -> Row:
     """Fold one model and check what came out."""
-    model = made(name)
-    if not has_batch_norms(model):
+    if (prepared := ready(name)) is None:
         return Row(name)
-    example, forward = example_for(name, model)
-    settle(model, example, forward)
+    model, example, forward = prepared
     size = sum(parameter.numel() for parameter in model.parameters())
     error = error_float64 = own_rounding = None
     if forward is None:
