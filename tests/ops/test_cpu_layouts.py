@@ -166,11 +166,10 @@ def test_copies_to_the_other_layout(shape, dtype):
 )
 def test_strides_of_dimensions_of_size_1_tell_nothing(shape):
     """A slice of one image keeps the stride of the whole, and so on: such tensors are contiguous all the same."""
-    strides = [999 if size == 1 else stride for size, stride in zip(shape, torch.empty(shape).stride(), strict=True)]
-    last = [
-        999 if size == 1 else stride
-        for size, stride in zip(shape, channels_last(torch.empty(shape)).stride(), strict=True)
-    ]
+    strides, last = (
+        [999 if size == 1 else stride for size, stride in zip(shape, tensor.stride(), strict=True)]
+        for tensor in (torch.empty(shape), channels_last(torch.empty(shape)))
+    )
     for of_x, of_others in itertools.product((None, strides, last), repeat=2):
         case = make_case(shape, activation="relu", residual=True)
         moved = {}

@@ -54,8 +54,12 @@ enum { CACHE_LINE = 64 / sizeof(elem) };
 typedef raw raw_in_memory __attribute__((aligned(1), may_alias));
 typedef vec vec_in_memory __attribute__((aligned(1), may_alias));
 
-/* Into the second level of caches, which can wait for more lines at a time than the first. */
-INLINE void prefetch(const elem *p) { __builtin_prefetch(p, 0, 2); }
+/* n elements into the second level of caches, which can wait for more lines at a time than the first. */
+INLINE void prefetch(const elem *p, int64_t n)
+{
+    for (int64_t i = 0; i < n; i += CACHE_LINE)
+        __builtin_prefetch(p + i, 0, 2);
+}
 
 INLINE raw load_raw(const elem *p) { return *(const raw_in_memory *)p; }
 INLINE void store_raw(elem *p, raw r) { *(raw_in_memory *)p = r; }

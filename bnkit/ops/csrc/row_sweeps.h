@@ -78,8 +78,7 @@ INLINE int64_t next_of(patch p, int64_t r, int64_t column)
 INLINE void ask_for(const elem *x, int64_t next, int vectors)
 {
     if (next >= 0)
-        for (int i = 0; i < UNROLL * vectors * LANES; i += CACHE_LINE)
-            prefetch(x + next + i);
+        prefetch(x + next, UNROLL * vectors * LANES);
 }
 
 INLINE void sum_tile(const elem *x, int64_t stride, int height, int64_t lanes, int vectors, const real *shift,

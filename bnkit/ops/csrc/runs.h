@@ -8,17 +8,9 @@ enum { BATCH = UNROLL * LANES, AHEAD = 4096 / sizeof(elem) };
 
 /* The processor can't foresee where the next run is: short runs ask for all of it, long ones for the batch that lies
  * AHEAD of the i-th of n elements, or as far into the next run. */
-INLINE void prefetch_run(const elem *next, int64_t n)
-{
-    for (int64_t i = 0; i < n; i += CACHE_LINE)
-        prefetch(next + i);
-}
-
 INLINE void prefetch_batch(const elem *x, int64_t i, int64_t n, const elem *next)
 {
-    const elem *p = i + AHEAD < n ? x + i + AHEAD : next + (i + AHEAD - n);
-    for (int k = 0; k < BATCH; k += CACHE_LINE)
-        prefetch(p + k);
+    prefetch(i + AHEAD < n ? x + i + AHEAD : next + (i + AHEAD - n), BATCH);
 }
 
 /* The i-th channel's numbers in every lane. */
@@ -42,7 +34,7 @@ INLINE void sum_run(const elem *x, int64_t next, int64_t n, real shift, accumula
     const bool is_short = n < AHEAD;
     int64_t i = 0;
     if (is_short)
-        prefetch_run(x + next, n);
+        prefetch(x + next, n);
     for (; i + BATCH <= n; i += BATCH) {
         vec d[UNROLL];
         if (!is_short)
@@ -79,7 +71,7 @@ INLINE void normalize_run(const elem *x, const elem *residual, elem *y, int64_t 
                           bool stream, int activation, bool add)
 {
     if (add && n < AHEAD)
-        prefetch_run(residual + next, n);
+        prefetch(residual + next, n);
     int64_t i = head_length(y, n, stream);
     if (i > 0)
         normalize_vector(x, residual, y, m, activation, add, i, false);
@@ -97,10 +89,10 @@ INLINE void sum_gradient_run(const elem *dy, const elem *x, const elem *residual
     const bool is_short = n < AHEAD;
     int64_t i = 0;
     if (is_short) {
-        prefetch_run(x + next, n);
-        prefetch_run(dy + next, n);
+        prefetch(x + next, n);
+        prefetch(dy + next, n);
         if (add)
-            prefetch_run(residual + next, n);
+            prefetch(residual + next, n);
     }
     for (; i + BATCH <= n; i += BATCH) {
         vec dz[UNROLL], d[UNROLL];
