@@ -18,13 +18,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from _harness import save_row, saved_rows
+from _harness import saved_rows
 from _surgery_models import hash_of, in_order_of_hash, names, ready
+from _surgery_sweep import swept
 from torch import nn
 
 from bnkit import surgery
 from bnkit.surgery._verify import relative_error
 
+_TABLE = "surgery_programs"
 Program = Callable[[nn.Module, tuple[Any, ...]], Any]
 
 
@@ -117,20 +119,13 @@ def main(everything: bool, save: bool, only: Sequence[str] = ()) -> None:
     warnings.filterwarnings("ignore")
     logging.disable(logging.CRITICAL)  # a graph that can't be made is printed whole
     rows = []
-    done = saved_rows("surgery_programs", ["model"]) if save and not only else {}
-    for name in in_order_of_hash(names(everything, only)):
-        if name in done:
-            continue
-        try:
-            row = examine(name, "eager" if everything else "aot_eager")
-        except Exception as error:  # one model that can't be made or run must not end the sweep
-            row = Row(name, why=f"failed: {type(error).__name__}: {str(error).splitlines()[0][:150]}")
-        gc.collect()
-        if row is None:
-            continue
+    done = saved_rows(_TABLE, ["model"]) if save and not only else {}
+    left = (name for name in in_order_of_hash(names(everything, only)) if name not in done)
+    backend = "eager" if everything else "aot_eager"
+    for row in swept(
+        left, lambda name: examine(name, backend), lambda name, why: Row(name, why=why), _TABLE if save else None
+    ):
         rows.append(row)
         print(*(f"{text:45}" if i == 0 else f"{text:9}" for i, text in enumerate(dataclasses.astuple(row))), flush=True)
-        if save:
-            save_row("surgery_programs", dataclasses.asdict(row))
     ours = [row.model for row in rows if "no" in dataclasses.astuple(row) or row.why.startswith("failed:")]
     print(f"{len(rows)} models; ours fail where the original does not: {', '.join(ours) or 'none'}.")

@@ -1,16 +1,16 @@
 """Inference on folded models of torchvision and timm: how many times faster than the model as it is.
 
-Beside it `torch.fx`'s `fuse`, `torch.compile` of the model, and of the folded one. In eval mode, float32, contiguous,
-under `bnkit.tune_allocator()`, on batches of 1 and of 32 of the smallest images the model runs on. All sides of a model
-take turns; each side's outputs are first held against those of the model as it is, but for detectors, whose decisions
-rounding may turn. Compiling takes hours: a later run goes on behind the models in the table.
+Beside it `torch.fx`'s `fuse` of the model, and `torch.compile` (`bench_fold.py` compiles folded networks too). In eval
+mode, float32, contiguous, under `bnkit.tune_allocator()`, on batches of 1 and of 32 of the smallest images the model
+runs on. All sides of a model take turns; each side's outputs are first held against those of the model as it is, but
+for detectors, whose decisions rounding may turn. Compiling takes hours: a later run goes on behind the models in the
+table.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import gc
 import logging
 import time
 import warnings
@@ -18,8 +18,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from _harness import quantiles, save_row, saved_rows, take_turns
+from _harness import quantiles, saved_rows, take_turns
 from _surgery_models import in_order_of_hash, names, ready
+from _surgery_sweep import swept
 from torch import nn
 
 from bnkit import surgery
@@ -27,7 +28,7 @@ from bnkit._allocator import tune_allocator
 from bnkit.surgery._verify import relative_error
 
 BATCHES = (1, 32)
-SIDES = ("fold", "fx", "compile", "fold_compile")
+SIDES = ("fold", "fx", "compile")
 _TABLE = "surgery_speed"
 _SECONDS = 8.0  # that one model's rounds with one batch may take, where three rounds take no longer
 _LONGEST_CALL = 10.0  # seconds; of what takes longer, as detectors do with 32 images, nothing is timed
@@ -48,12 +49,10 @@ class Row:
     fold_1: float | str = ""
     fx_1: float | str = ""
     compile_1: float | str = ""
-    fold_compile_1: float | str = ""
     ms_32: float | str = ""
     fold_32: float | str = ""
     fx_32: float | str = ""
     compile_32: float | str = ""
-    fold_compile_32: float | str = ""
     why: str = ""
 
 
@@ -83,7 +82,6 @@ def _sides(model: nn.Module, folded: nn.Module, compile_too: bool) -> dict[str, 
     sides: dict[str, Callable[..., object] | None] = {"fold": folded, "fx": folded_by_fx(model)}
     if compile_too:
         sides["compile"] = torch.compile(model, dynamic=False)
-        sides["fold_compile"] = torch.compile(folded, dynamic=False)
     return sides
 
 
@@ -153,20 +151,16 @@ def main(everything: bool, save: bool, only: Sequence[str] = (), compile_too: bo
     logging.disable(logging.CRITICAL)
     rows: dict[str, dict[str, object]] = {}
     done = _saved() if save and not only else {}
-    for name in in_order_of_hash(names(everything, only)):
-        if name in done and (done[name]["compile_1"] or not compile_too):
-            continue
-        try:
-            row = examine(name, compile_too)
-        except Exception as error:  # one model that can't be made or run must not end the sweep
-            row = Row(name, why=f"failed: {type(error).__name__}: {str(error).splitlines()[0][:150]}")
-        gc.collect()
-        if row is None:
-            continue
-        rows[name] = dataclasses.asdict(row)
-        print(*(f"{v:45}" if key == "model" else f"{v!s:>7}" for key, v in rows[name].items()), flush=True)
-        if save:
-            save_row(_TABLE, rows[name])
+    left = (
+        name
+        for name in in_order_of_hash(names(everything, only))
+        if name not in done or (compile_too and not done[name]["compile_1"])
+    )
+    for row in swept(
+        left, lambda name: examine(name, compile_too), lambda name, why: Row(name, why=why), _TABLE if save else None
+    ):
+        rows[row.model] = dataclasses.asdict(row)
+        print(*(f"{v:45}" if key == "model" else f"{v!s:>7}" for key, v in rows[row.model].items()), flush=True)
     print_summary(_saved() if save else rows)
 
 

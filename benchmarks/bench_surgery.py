@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import gc
 import pickle
 import re
 import warnings
@@ -22,8 +21,8 @@ from typing import Any
 import _surgery_programs
 import _surgery_speed
 import torch
-from _harness import save_row
 from _surgery_models import names, ready
+from _surgery_sweep import swept
 from torch import Tensor, nn
 
 from bnkit import surgery
@@ -150,16 +149,11 @@ def main(everything: bool, save: bool, what: str, only: Sequence[str] = (), comp
 def _fold_and_convert(everything: bool, save: bool, only: Sequence[str]) -> None:
     warnings.filterwarnings("ignore")
     rows = []
-    for name in names(everything, only):
-        try:
-            row = examine(name)
-        except Exception as error:  # one model that can't be made or run must not end the sweep
-            row = Row(name, left=f"failed: {type(error).__name__}: {str(error).splitlines()[0][:200]}")
-        gc.collect()
+    for row in swept(
+        names(everything, only), examine, lambda name, why: Row(name, left=why), "surgery" if save else None
+    ):
         rows.append(row)
         print(_line(row), flush=True)
-        if save:
-            save_row("surgery", dataclasses.asdict(row))
     _print_summary(rows)
 
 
