@@ -39,8 +39,8 @@ def fuse(
     The model runs once on `example`. Each batch norm of torch.nn or timm becomes the layer of `bnkit.nn` with the same
     parameters, buffers and keys. An activation module that runs once, right behind it, goes into it, and an
     `nn.Identity` takes its place. An addition or a functional or shared activation goes into it by rewriting the
-    forward of the module in which they stand, with torch.fx: that module becomes a `torch.fx.GraphModule` with the
-    same children and keys. What can't be rewritten stays, and `changed` says why.
+    forward of the module in which they stand, with torch.fx: that module becomes one of a subclass, with the same
+    attributes, methods, children and keys. What can't be rewritten stays, and `changed` says why.
 
     Outputs, gradients and running statistics stay the same, in training and in eval mode.
 
@@ -166,18 +166,16 @@ def _rewrite(
 ) -> dict[nn.Module, str]:
     """Rewrite a block for as many of its batch norms as possible."""
     texts: dict[nn.Module, str] = {}
-    possible = dict(wanted)
+    kind, possible = type(block), dict[nn.Module, Following]()
     for module, follows in wanted.items():
         try:
-            rewritten(block, {module: follows})
+            kind = rewritten(block, possible | {module: follows})
+            possible[module] = follows
         except Refused as refusal:
             texts[module] = f"{_swap(operation, module, Following())}; {_words(follows)} stays: {refusal}"
-            del possible[module]
-    if possible:
-        made = rewritten(block, possible)
-        operation.swap(block, made)
-        texts |= {module: _swap(operation, module, follows) for module, follows in possible.items()}
-    return texts
+    operation.touch(block)
+    block.__class__ = kind
+    return texts | {module: _swap(operation, module, follows) for module, follows in possible.items()}
 
 
 def _swap(operation: Operation, module: Any, follows: Following) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -11,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from .._modes import training_flags_kept
 from ._fuse_follow import Following, activation_of_module
+from ._fuse_forward import with_forward
+from ._fuse_trace import traced
 from ._weighted import Refused, has_hooks
 
 _FUNCTIONS: dict[Callable[..., Any], str] = {
@@ -31,55 +31,20 @@ _METHODS = {"relu": "relu", "relu_": "relu", "sigmoid": "sigmoid", "tanh": "tanh
 _ADDITIONS: set[Any] = {operator.add, operator.iadd, torch.add, "add", "add_"}
 
 
-class _OneLevel(fx.Tracer):
-    """Traces a module's own forward and nothing below it."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
-
-
-def rewritten(block: nn.Module, wanted: dict[nn.Module, Following]) -> fx.GraphModule:
-    """The module with each batch norm of `wanted` called with its residual, and without what it then does itself.
-
-    Submodules, parameters, buffers and attributes are the block's own, under their names.
+def rewritten(block: nn.Module, wanted: dict[nn.Module, Following]) -> type[nn.Module]:
+    """The module's class, with a forward that calls each batch norm of `wanted` with its residual, and does not do
+    what they then do themselves.
 
     Raises:
-        Refused: the forward depends on its mode or on its input, or doesn't look as recorded.
+        Refused: the forward can't be rewritten, or doesn't look as recorded.
     """
-    if has_hooks(block):
-        raise Refused("the module around it has hooks")
     if isinstance(block, nn.Sequential):  # others may index it
         raise Refused("the Sequential around it keeps its layers")
-    graph = _traced(block)
+    graph, settled = traced(block)
     for module, follows in wanted.items():
         _take_up(graph, block, module, follows)
     graph.lint()
-    made = fx.GraphModule(block, graph, type(block).__name__)
-    for name, attribute in vars(block).items():
-        if not name.startswith("_") and name not in vars(made):
-            setattr(made, name, attribute)
-    for registry in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
-        setattr(made, registry, getattr(block, registry).copy())
-    made.training = block.training
-    return made
-
-
-def _traced(block: nn.Module) -> fx.Graph:
-    parameters = inspect.signature(block.forward).parameters.values()
-    if any(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
-        raise Refused("the forward around it takes optional arguments")
-    graphs = []
-    with training_flags_kept(block):
-        for mode in (True, False):
-            for module in block.modules():
-                module.training = mode
-            try:
-                graphs.append(_OneLevel().trace(block))
-            except Exception as error:  # whatever the forward does with a stand-in for a tensor
-                raise Refused(f"the forward around it can't be traced ({str(error).splitlines()[0]})") from None
-    if str(graphs[0]) != str(graphs[1]):
-        raise Refused("the forward around it differs between training and eval mode")
-    return graphs[0]
+    return with_forward(type(block), graph, settled)
 
 
 def _take_up(graph: fx.Graph, block: nn.Module, norm: nn.Module, follows: Following) -> None:

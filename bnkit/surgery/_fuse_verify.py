@@ -14,6 +14,7 @@ from ._operation import copied
 from ._verify import relative_error
 
 _TOLERANCE = 1e-6
+_REMEDY = "nothing was changed. Leave modules out with where=, and please report it."
 
 
 def trained(model: nn.Module, example: Any, forward: Forward | None) -> dict[str, Tensor] | None:
@@ -48,7 +49,9 @@ def check_training(model: nn.Module, example: Any, forward: Forward | None, expe
     if expected is None:
         return
     found = trained(model, example, forward)
-    assert found is not None, "the fused model must run in float64 where the original does"
+    if found is None or found.keys() - expected.keys():
+        only = "can no longer be copied or run" if found is None else f"has a {min(found.keys() - expected.keys())} now"
+        raise UserError(f"fuse must leave training as it was, but the model {only}; {_REMEDY}")
     largest = _largest_of_each_kind(expected)
     for name, tensor in expected.items():
         other = found.get(name)
@@ -57,10 +60,7 @@ def check_training(model: nn.Module, example: Any, forward: Forward | None, expe
         pair = None if other is None else torch.cat([other.double().flatten(), floor])
         error = relative_error(pair, torch.cat([tensor.double().flatten(), floor]))
         if not error <= _TOLERANCE:
-            raise UserError(
-                f"fuse must leave training as it was, but the {name} differs by {error:.1e}; nothing was changed. "
-                "Leave modules out with where=, and please report it."
-            )
+            raise UserError(f"fuse must leave training as it was, but the {name} differs by {error:.1e}; {_REMEDY}")
 
 
 def _kind(name: str, tensor: Tensor) -> str:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import pickle
+import random
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 import bnkit
@@ -39,7 +42,7 @@ def assert_trains_alike(found: nn.Module, expected: nn.Module, x: Tensor) -> Non
 class Block(nn.Module):
     """A residual block whose forward is given."""
 
-    def __init__(self, function: Callable[[Block, Tensor], Tensor]) -> None:
+    def __init__(self, function: Callable[[Block, Tensor], Tensor] | None = None) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.conv1, self.conv2, self.conv3 = (nn.Conv2d(4, 4, 3, padding=1, bias=False) for _ in range(3))
@@ -173,7 +176,7 @@ def test_a_rewritten_block_keeps_children_attributes_and_mode_and_exports():
     model.function = None
     result = fuse(model.eval(), x := values(4, 4, 5, 5))
     block = result.model
-    assert isinstance(block, torch.fx.GraphModule)
+    assert isinstance(block, Basic)
     assert block.stride == 1
     assert isinstance(block.unused, nn.Linear)
     assert not block.training
@@ -251,3 +254,192 @@ def test_a_difference_in_training_is_an_error():
     other[1].weight.data.mul_(1.01)
     with pytest.raises(UserError, match="the output 0 differs"):
         check_training(other, x, None, trained(model, x, None))
+
+
+class EnablingGradients(Block):
+    @torch.enable_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn1(self.conv1(x)))
+
+
+class UnderNoGrad(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            y = self.conv2(x)
+        return F.relu(self.bn1(self.conv1(x)) + y)
+
+
+class OutsideAutocast(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return F.relu(self.bn1(self.conv1(x)))
+
+
+class Checkpointed(Block):
+    def inner(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn1(self.conv1(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=False)
+
+
+class SometimesSkipped(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.training and random.random() < 1e-9 else F.relu(self.bn1(self.conv1(x)) + x)
+
+
+class SometimesSkippedByNumPy(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.training and np.random.rand() < 1e-9 else F.relu(self.bn1(self.conv1(x)) + x)
+
+
+class SometimesSkippedByTorch(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.training and torch.rand(1).item() < 1e-9 else F.relu(self.bn1(self.conv1(x)) + x)
+
+
+class Remembering(Block):
+    energy, steps = None, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.energy = self.conv1(x).detach().mean()
+        self.steps += 1
+        return F.relu(self.bn1(self.conv1(x)))
+
+
+class Listing(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(1)
+        return F.relu(self.bn1(self.conv1(x)))
+
+
+class Counting(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        self.count.add_(1)
+        return F.relu(self.bn1(self.conv1(x)))
+
+
+class WithConstant(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn1(self.conv1(x))) * torch.linspace(0, 1, 4).view(1, 4, 1, 1)
+
+
+WOULD_BE_LOST = {
+    EnablingGradients: "enters a context",
+    UnderNoGrad: "enters a context",
+    OutsideAutocast: "enters a context",
+    Checkpointed: "enters a context",
+    SometimesSkipped: "draws random numbers",
+    SometimesSkippedByNumPy: "draws random numbers",
+    SometimesSkippedByTorch: "computes with tensors",
+    Remembering: "writes attributes",
+    Listing: "writes attributes",
+    Counting: "computes with tensors",
+    WithConstant: "computes with tensors",
+}
+
+
+@pytest.mark.parametrize("kind", WOULD_BE_LOST, ids=lambda kind: kind.__name__)
+def test_a_forward_that_a_graph_would_lose_something_of_stays_as_it_is(kind):
+    model = kind()
+    model.seen = []
+    model.register_buffer("count", torch.zeros(()))
+    model = nn.Sequential(model).train()
+    state = torch.get_rng_state()
+    result = fuse(model, x := values(4, 4, 5, 5))
+    assert f"relu stays: the forward around it {WOULD_BE_LOST[kind]}" in result.changed["0.bn1"]
+    for block in (model[0], result.model[0]):
+        assert type(block) is kind
+        assert not any(isinstance(value, torch.fx.Proxy) for value in vars(block).values())
+    assert model[0].seen == []
+    assert float(model[0].count) == 0
+    assert torch.equal(torch.get_rng_state(), state)
+    if kind is not Checkpointed:  # where torch's layers count the recomputation, and ours do not
+        assert_trains_alike(result.model, model, x)
+
+
+class Scaled(Block):
+    """With what others ask of a block: attributes, a property, a method, a state of its own."""
+
+    alpha = 1.0
+
+    @property
+    def out_channels(self) -> int:
+        return self.conv1.out_channels
+
+    def twice(self) -> float:
+        return 2 * self.alpha
+
+    def get_extra_state(self) -> dict[str, float]:
+        return {"alpha": self.alpha}
+
+    def set_extra_state(self, state: dict[str, float]) -> None:
+        self.alpha = state["alpha"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn1(self.conv1(x))) * self.alpha
+
+
+class Asking(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Scaled()
+        self.block.alpha = 0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.block.out_channels == 4
+        return self.block(x) * self.block.twice()
+
+
+def again(model: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("copied", [lambda model: model, copy.deepcopy, again], ids=["itself", "copy", "pickle"])
+def test_a_rewritten_block_is_of_its_class_and_refuses_other_attributes(copied):
+    model = Asking()
+    result = fuse(model, x := values(4, 4, 5, 5))
+    assert result.changed["block.bn1"] == "BatchNorm2d with relu"
+    fused = copied(result.model)
+    assert isinstance(fused.block, Scaled)
+    assert type(fused.block).__name__ == "Scaled"
+    assert fused.block.stride == 1
+    assert list(fused.state_dict()) == list(model.state_dict())
+    assert_trains_alike(fused, model, x)
+    fused.block.alpha = 0.0
+    with pytest.raises(UserError, match=r"alpha was 0\.5 and is 0\.0: set it before bnkit.fuse"):
+        fused(x)
+
+
+def test_a_block_that_is_the_model_is_changed_in_place_and_keeps_its_hooks():
+    model = Functional()
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    before = copy.deepcopy(model)
+    result = fuse(model, x := values(4, 4, 5, 5), inplace=True)
+    assert result.model is model
+    assert model.bn1.activation == "silu"
+    calls.clear()
+    model.eval()(x)
+    assert calls == [1]
+    assert_trains_alike(model, before, x)
+    again = fuse(model, x).model  # nothing left to do
+    assert_trains_alike(copy.deepcopy(again), before, x)
+
+
+def test_a_failed_fusion_in_place_leaves_the_class():
+    model = nn.Sequential(Functional())
+    with pytest.raises(UserError, match="nothing was changed"):
+        fuse(model, values(4, 4, 5, 5), inplace=True, tolerance=0.0)
+    assert type(model[0]) is Functional
+    assert type(model[0].bn1) is nn.BatchNorm2d
+
+
+def test_a_gradient_that_was_not_there_is_an_error():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double()
+    x = values(5, 3)
+    expected = trained(model, x, None)
+    assert expected is not None
+    del expected["gradient of 0.weight"]
+    with pytest.raises(UserError, match=r"the model has a gradient of 0\.weight now"):
+        check_training(model, x, None, expected)
