@@ -38,15 +38,24 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def buffers_kept(buffers: nn.Module | Iterable[Tensor]) -> Iterator[None]:
-    """Put the values of a model's buffers, or of the tensors given, back as they were, in place."""
+    """Put a model's buffers, or the tensors given, back as they were: their values in place, and the model's own
+    tensors where others have come in their stead.
+    """
+    modules = buffers.modules() if isinstance(buffers, nn.Module) else ()
+    registries = [module._buffers for module in modules if isinstance(module._buffers, dict)]  # a scripted one's is not
+    entries = [dict(registry) for registry in registries]
     tensors = list(buffers.buffers() if isinstance(buffers, nn.Module) else buffers)
     before = [tensor.detach().clone() for tensor in tensors]
     try:
         yield
     finally:
+        for registry, old in zip(registries, entries, strict=True):
+            registry.clear()
+            registry.update(old)
         with torch.no_grad():
             for tensor, old in zip(tensors, before, strict=True):
-                tensor.copy_(old)
+                if not torch.equal(tensor, old):  # some can't be written to: expanded ones, those of inference mode
+                    tensor.copy_(old)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """What happens in one forward pass of a model."""
 
 from ._facts import Call, Operator, Value
-from ._feed import Forward, apply, device_of, feed, moved
+from ._feed import Forward, apart, apply, device_of, feed, moved
 from ._record import Record, record
 from ._tensors import tensors_in
 
@@ -11,6 +11,7 @@ __all__ = [
     "Operator",
     "Record",
     "Value",
+    "apart",
     "apply",
     "device_of",
     "feed",

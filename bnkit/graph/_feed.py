@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from .._checks import UserError
 
@@ -66,6 +67,18 @@ def moved(batch: Any, device: torch.device | None) -> Any:
     if isinstance(batch, (tuple, list)):
         return type(batch)(moved(value, device) for value in batch)
     return batch
+
+
+def apart(example: Any) -> Any:
+    """`example` with tensors of its own, for a model may write to its input."""
+    own: dict[Tensor, Tensor] = {}
+
+    def copied(tensor: Tensor) -> Tensor:
+        if tensor not in own:
+            own[tensor] = tensor.detach().clone().requires_grad_(tensor.requires_grad)
+        return own[tensor]
+
+    return tree_map_only(Tensor, copied, example)
 
 
 def apply(model: nn.Module, example: Any, forward: Forward | None = None) -> Any:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .._modes import buffers_kept, hooked
 from ._facts import Call, Operator, Value
-from ._feed import Forward, apply
+from ._feed import Forward, apart, apply
 from ._tape import Tape, seen_below_python, seen_in_python
 
 
@@ -60,8 +60,10 @@ def record(model: nn.Module, example: Any, forward: Forward | None = None) -> Re
     for name, module in model.named_modules(remove_duplicate=False):
         names[module].append(name)
     tape = Tape(model)
-    with _undisturbed(model), hooked(_watching(tape, names)), seen_below_python(tape), seen_in_python(tape):
-        output = apply(model, example, forward)
+    with _undisturbed(model):
+        example = apart(example)
+        with hooked(_watching(tape, names)), seen_below_python(tape), seen_in_python(tape):
+            output = apply(model, example, forward)
     tape.finish(output)
     return Record(tape.calls, tape.operators, output, tape.held, dict(names), _tied(model))
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .._checks import require
+from .._checks import UserError, require
 from .._modes import evaluating
 from ..graph import Call, Forward, Record, record
 from ._fold_plan import Planner, affine_of_call
@@ -29,7 +29,7 @@ def fold(
     model: nn.Module,
     example: Any,
     *,
-    data: Iterable[Any] | None = None,
+    data: Iterable[Any] | Tensor | None = None,
     where: Where | None = None,
     padding: Literal["refuse", "exact"] = "refuse",
     rest: Literal["keep", "affine"] = "keep",
@@ -57,7 +57,7 @@ def fold(
     Args:
         model: Any network.
         example: An input: a tensor, a tuple of positional arguments, a dict of keyword arguments, or a batch.
-        data: Batches on which to verify the result as well.
+        data: Batches on which to verify the result as well, or one tensor.
         where: Which batch norms: names, shell patterns, types, or a predicate `(name, module) -> bool`; all if None.
         padding: Before a convolution that pads with zeros, `"refuse"` to fold, or `"exact"`: pad with the value that
             the batch norm would have made zero, in the batch norm's place.
@@ -77,7 +77,7 @@ def fold(
     """
     require(padding in ("refuse", "exact"), f"padding must be 'refuse' or 'exact', got {padding!r}: choose one.")
     require(rest in ("keep", "affine"), f"rest must be 'keep' or 'affine', got {rest!r}: choose one.")
-    original = copied(model) if inplace and data is not None else model
+    original = _to_compare(model) if inplace and data is not None else model
     check_unwrapped(model)
     check_has_values(model)
     with Operation(model, inplace=inplace) as operation:
@@ -88,10 +88,21 @@ def fold(
         skipped |= _functional(facts) if where is None else {}
         error = relative_error(run_in_eval(operation.model, example, forward), facts.output)
         if data is not None:
-            error = max(error, largest_error(operation.model, original, data, forward))
+            batches = [data] if isinstance(data, Tensor) else data
+            error = max(error, largest_error(operation.model, original, batches, forward))
         check(error, tolerance_for(facts.output, tolerance), "fold")
         operation.model.eval()
         return operation.result(changed, skipped, error)
+
+
+def _to_compare(model: nn.Module) -> nn.Module:
+    try:
+        return copied(model)
+    except UserError as error:
+        raise UserError(
+            f"data= compares the folded model with a copy of it as it was, which can't be made ({error.__cause__}): "
+            "leave data out, or remove what hinders, such as weight_norm's old form."
+        ) from error
 
 
 def _functional(facts: Record) -> dict[str, str]:
@@ -146,7 +157,8 @@ def _only_call(module: nn.Module, facts: Record) -> Call:
         raise Refused(f"{type(module).__name__} has a forward of its own")
     if has_hooks(module):
         raise Refused("it has hooks, which would be lost")
-    if len(call.outputs) != 1 or call.outputs[0] in call.inputs or len(call.inputs[0].shape) < 2:
+    by_name = len(call.inputs) > 1 > len(call.arguments[0])  # which of them is the residual?
+    if len(call.outputs) != 1 or call.outputs[0] in call.inputs or len(call.inputs[0].shape) < 2 or by_name:
         raise Refused("it is called in an unusual way")
     _check_own_tensors(module, call, facts)
     return call

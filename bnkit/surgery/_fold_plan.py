@@ -108,6 +108,8 @@ class Planner:
         dim = operator.argument(1, "dim", operator.argument(1, "axis", 0))
         if dim % len(operator.outputs[0].shape) != affine.axis:
             raise Refused(f"its input is concatenated along dimension {dim}")
+        if len({len(part.shape) for part in parts}) > 1:
+            raise Refused("its input is concatenated of tensors of several dimensions")
         if len(set(parts)) < len(parts):
             raise Refused("its input is concatenated of one value twice")
         pieces = affine.split([part.shape[affine.axis] for part in parts])

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from .._checks import UserError
-from ..graph import Forward, apply, device_of, moved, tensors_in
+from ..graph import Forward, apart, apply, device_of, moved, tensors_in
 from ._operation import copied
 from ._verify import relative_error
 
@@ -24,7 +24,7 @@ def trained(model: nn.Module, example: Any, forward: Forward | None) -> dict[str
     """
     try:
         twin = copied(model).double().train()
-        example = moved(_in_double(example), device_of(twin))
+        example = moved(_in_double(apart(example)), device_of(twin))
         with torch.random.fork_rng(), torch.enable_grad():
             torch.manual_seed(0)
             outputs = [t for t in tensors_in(apply(twin, example, forward)) if t.requires_grad]

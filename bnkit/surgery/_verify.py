@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .._checks import UserError
 from .._modes import buffers_kept, evaluating
-from ..graph import Forward, apply, tensors_in
+from ..graph import Forward, apart, apply, tensors_in
 from ._operation import check_initialized
 
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -40,7 +40,7 @@ def run_in_eval(model: nn.Module, example: Any, forward: Forward | None) -> Any:
     """
     check_has_values(model)
     with evaluating(model), buffers_kept(model), torch.no_grad(), torch.random.fork_rng():
-        output = apply(model, example, forward)
+        output = apply(model, apart(example), forward)
     if next(tensors_in(output), None) is None:
         raise UserError(
             f"a model must return tensors to be compared, got {type(output).__name__}: pass forward=, a function "
@@ -70,7 +70,7 @@ def _relative_error(found: Tensor | None, expected: Tensor | None) -> float:
         return float("inf")
     if expected.numel() == 0:
         return 0.0
-    a, b = found.detach().to(torch.complex128), expected.detach().to(torch.complex128)
+    a, b = (t.detach().to_dense().to(torch.complex128) for t in (found, expected))
     finite = b.isfinite()
     if not torch.equal(a.isfinite(), finite) or not _same(a[~finite], b[~finite]):
         return float("inf")

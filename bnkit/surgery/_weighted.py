@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._modes import buffers_kept
 from ..graph import Call, Operator, Record, Value
 from ._operation import Operation
 
@@ -112,8 +113,12 @@ class Weighted:
         bias = getattr(self.module, "bias", None)
         if bias is not None:
             return bias.detach().double()
+        return self.no_bias().double()
+
+    def no_bias(self) -> Tensor:
+        """A bias of zeros."""
         outputs = self.weight.shape[1] * self.groups if self.transposed else self.weight.shape[0]
-        return torch.zeros(outputs, dtype=torch.float64, device=self.weight.device)
+        return self.weight.new_zeros(outputs)
 
     def _set_bias(self, operation: Operation, value: Tensor) -> None:
         if isinstance(self.module.bias, nn.Parameter):
@@ -121,6 +126,7 @@ class Weighted:
             return
         operation.touch(self.module)
         self.module._buffers.pop("bias", None)
+        vars(self.module).pop("bias", None)  # a None that was never registered
         bias = nn.Parameter(value.to(self.weight.dtype), requires_grad=self.weight.requires_grad)
         self.module.register_parameter("bias", bias)
 
@@ -140,23 +146,42 @@ def weighted_by(operator: Operator, record: Record) -> Weighted:
     if owner not in record.names[call.module]:
         raise Refused(f"{weight.name} is used outside of its module's forward")
     _check_sole_use(weight, record)
+    weighted = Weighted(call.module, call.name, operator, key)
     if bias is not None:
         if bias.name not in {f"{name}.bias" if name else "bias" for name in record.names[call.module]}:
             raise Refused(f"the bias of {call.name} is computed in each forward pass")
         _check_sole_use(bias, record)
-    elif not _can_have_bias(call, record):
+    elif not _can_have_bias(weighted, call, record):
         raise Refused(f"{call.name} has no place for a bias")
     if has_hooks(call.module):
         raise Refused(f"{call.name} has forward hooks, which would see other values")
     if not weight.dtype.is_floating_point:
         raise Refused(f"the weight of {call.name} is {weight.dtype}")
-    return Weighted(call.module, call.name, operator, key)
+    return weighted
 
 
-def _can_have_bias(call: Call, record: Record) -> bool:
+def _can_have_bias(weighted: Weighted, call: Call, record: Record) -> bool:
     """Whether a module that ran without a bias would use one; it may have got one since, from a fold into it."""
-    name = f"{call.name}.bias" if call.name else "bias"
-    return hasattr(call.module, "bias") and (call.module.bias is None or name not in record.held)
+    name, bias = f"{call.name}.bias" if call.name else "bias", getattr(call.module, "bias", False)
+    return _would_use_bias(weighted, call) if bias is None else bias is not False and name not in record.held
+
+
+def _would_use_bias(weighted: Weighted, call: Call) -> bool:
+    """Whether the forward of a module adds a bias where there is one, as those of torch do. Others are tried."""
+    module, (args, kwargs) = call.module, call.arguments
+    if type(module).forward.__module__.startswith("torch.nn.") or len(args) != 1 or kwargs:
+        return True
+    x = torch.zeros(args[0].shape, dtype=args[0].dtype, device=weighted.weight.device)
+    registry: dict[str, Any] = module._parameters if "bias" in module._parameters else vars(module)
+    try:
+        with torch.no_grad(), buffers_kept(module), torch.random.fork_rng():
+            without = module(x)
+            registry["bias"] = nn.Parameter(weighted.no_bias() + 1)
+            return not torch.equal(module(x), without)
+    except Exception:  # it can't be tried: the outputs will tell
+        return True
+    finally:
+        registry["bias"] = None
 
 
 def has_hooks(module: nn.Module) -> bool:
