@@ -17,7 +17,7 @@ from ._norms import affine_of, is_batch_norm, is_known, remainder_of, uses_runni
 from ._operation import Operation, check_unwrapped, copied
 from ._remainder import AddAndActivate, ChannelAffine
 from ._result import Surgery
-from ._verify import check, check_has_values, largest_error, relative_error, run_in_eval, tolerance_for
+from ._verify import check, check_has_values, largest_error, relative_error, run_changed, tolerance_for
 from ._weighted import Refused, has_hooks
 from ._where import Where, selected
 
@@ -86,7 +86,7 @@ def fold(
         wanted = selected(where, facts.names, is_batch_norm)
         changed, skipped = _fold_all(operation, facts, wanted, padding == "exact", rest == "affine")
         skipped |= _functional(facts) if where is None else {}
-        error = relative_error(run_in_eval(operation.model, example, forward), facts.output)
+        error = relative_error(run_changed(operation.model, example, forward, "fold"), facts.output)
         if data is not None:
             batches = [data] if isinstance(data, Tensor) else data
             error = max(error, largest_error(operation.model, original, batches, forward))

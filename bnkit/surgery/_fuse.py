@@ -17,7 +17,7 @@ from ._fuse_verify import check_training, trained
 from ._norms import is_known, is_ours, is_timms
 from ._operation import Operation, check_unwrapped
 from ._result import Surgery
-from ._verify import check, check_has_values, relative_error, run_in_eval, tolerance_for
+from ._verify import check, check_has_values, relative_error, run_changed, run_in_eval, tolerance_for
 from ._weighted import Refused, has_hooks
 from ._where import Where, selected
 
@@ -68,7 +68,7 @@ def fuse(
         expected = run_in_eval(operation.model, example, forward)
         expected_in_training = trained(operation.model, example, forward)
         changed, skipped = _fuse_all(operation, facts, names)
-        error = relative_error(run_in_eval(operation.model, example, forward), expected)
+        error = relative_error(run_changed(operation.model, example, forward, "fuse"), expected)
         check(error, tolerance_for(expected, tolerance), "fuse")
         check_training(operation.model, example, forward, expected_in_training)
         return operation.result(changed, skipped, error)

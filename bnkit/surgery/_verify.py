@@ -49,6 +49,22 @@ def run_in_eval(model: nn.Module, example: Any, forward: Forward | None) -> Any:
     return output
 
 
+def run_changed(model: nn.Module, example: Any, forward: Forward | None, verb: str) -> Any:
+    """`run_in_eval` of a model that ran before it was changed.
+
+    Raises:
+        UserError: it no longer does.
+    """
+    try:
+        return run_in_eval(model, example, forward)
+    except Exception as error:
+        words = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(
+            f"{verb} must leave a model that runs, but it raises {words}; nothing was changed. Something in it may "
+            "ask a replaced layer for what only that had: leave such layers out with where=."
+        ) from error
+
+
 def relative_error(found: Any, expected: Any) -> float:
     """The largest difference between two outputs, relative to the largest value of each tensor in `expected`.
 

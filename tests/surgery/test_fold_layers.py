@@ -195,3 +195,21 @@ def test_sparse_outputs_are_compared():
     assert result.changed == {"bn": "folded into fc"}
     assert result.max_error is not None
     assert result.max_error < 1e-10
+
+
+class Asking(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.bn = nn.Linear(4, 4), nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.fc(x)) / self.bn.num_features
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_model_that_asks_the_norm_for_something_can_not_lose_it(inplace):
+    model, x = settled(Asking()), values(5, 4)
+    before = copy.deepcopy(model)
+    with pytest.raises(UserError, match=r"fold must leave a model that runs, but it raises AttributeError.*where="):
+        fold(model, x, inplace=inplace)
+    assert torch.equal(model(x), before(x))
