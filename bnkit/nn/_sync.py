@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from numbers import Real
 from typing import Any, Unpack
 
 import torch
@@ -72,7 +73,15 @@ class SyncBatchNorm(AnyDimension):
         timeout: float | None = None,
         **options: Unpack[Options],
     ) -> None:
-        require(timeout is None or timeout > 0, f"timeout must be positive, got {timeout}: 300 means five minutes.")
+        require(
+            timeout is None or (isinstance(timeout, Real) and timeout > 0),
+            f"timeout must be positive, got {timeout!r}: 300 means five minutes.",
+        )
+        require(
+            process_group is None or _is_group(process_group),
+            f"process_group must be a process group, or None for all ranks, got {process_group!r}: "
+            "make one by torch.distributed.new_group(ranks).",
+        )
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **options)
         self.process_group = process_group
         self.timeout = timeout
@@ -112,3 +121,10 @@ class SyncBatchNorm(AnyDimension):
     def extra_repr(self) -> str:
         """That of batch normalization, and the timeout."""
         return super().extra_repr() + ("" if self.timeout is None else f", timeout={self.timeout:g}")
+
+
+def _is_group(group: Any) -> bool:
+    """What `new_group` returns, on ranks outside of the group too."""
+    if not dist.is_available():
+        return False
+    return isinstance(group, dist.ProcessGroup) or group == dist.GroupMember.NON_GROUP_MEMBER

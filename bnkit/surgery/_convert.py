@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,10 +16,11 @@ from torch.nn.modules.conv import _ConvNd
 from .. import nn as layers
 from .._checks import UserError, require, unknown
 from ..graph import Forward
-from ._graft import FROZEN, OURS, activation_of, dimensions_of, grafted, origin_of, settings_of
-from ._norms import is_batch_norm, is_known
+from ._graft import FROZEN, OURS, activation_of, dimensions_of, grafted
+from ._norms import is_batch_norm, is_batch_norm_class, is_known
 from ._operation import Operation
 from ._result import Surgery
+from ._stateless import Impossible, check_activation, is_again, places, positions_seen, without_statistics
 from ._verify import check, relative_error, run_in_eval, tolerance_for
 from ._where import Where, names_of
 from ._where import selected as meant
@@ -37,10 +39,6 @@ _OF_ANY_DIMENSION: dict[str, type[_BatchNorm]] = {
 _OTHER_STATISTICS = (layers.DomainBatchNorm, layers.RecurrentBatchNorm)
 _WITHOUT_STATISTICS = ("group", "layer", "instance")
 KINDS = tuple(sorted({*_BY_DIMENSION, *_OF_ANY_DIMENSION, *_WITHOUT_STATISTICS}))
-
-
-class Impossible(Exception):
-    """Why a layer is left as it is."""
 
 
 @torch.inference_mode(False)
@@ -65,7 +63,8 @@ def convert(
     parameters that need no gradient, convert too.
 
     To `"group"` (`nn.GroupNorm`), `"layer"` (`nn.GroupNorm` of one group) and `"instance"` weight and bias stay, and
-    running statistics go: outputs change, and there is no way back.
+    running statistics go: outputs change, and there is no way back. To `"instance"` a `BatchNorm1d` goes only if its
+    input is known to be (N, C, L), by `example` or `dims=1`: of (N, C) an instance has one value a channel.
 
     Left alone, with the reason in `.skipped`: layers that are of the kind already, subclasses with a forward of their
     own, layers whose activation the new kind can't apply, and ones without what the new kind needs.
@@ -75,7 +74,8 @@ def convert(
         to: one of the kinds above, or a class such as `torch.nn.SyncBatchNorm`.
         where: which layers: names, shell patterns, types, or a predicate on name and module. Default: all.
         inplace: change `model` itself, and nothing if anything fails.
-        example: an input to verify on; for the kinds that keep statistics the outputs in eval mode must agree.
+        example: an input to verify on: no old layer may run any more, and for the kinds that keep statistics the
+            outputs in eval mode must agree.
         forward: `forward(model, example)`, how to call the model.
         tolerance: how far outputs may differ, relative to the largest; default 1e-4 for float32.
         options: arguments of the new layers, such as `ghost_size=16`, `process_group=`, or `groups=` of "group" (32;
@@ -83,36 +83,60 @@ def convert(
             `dims=` 1, 2 or 3 says what the model's layers are where their class does not tell.
 
     Raises:
-        UserError: an unknown kind or option, or outputs that differ.
+        UserError: an unknown kind or option, outputs that differ, or an old layer that still runs on the example.
     """
     dims = options.pop("dims", None)
-    if isinstance(to, str) and to not in KINDS:
-        raise unknown("kind of norm", to, KINDS)
-    require(
-        isinstance(to, str) or not issubclass(to, _OTHER_STATISTICS),
-        f"convert keeps a layer's statistics as they are, got {to}, which holds them in another form: build it, "
-        "and load the state_dict.",
-    )
+    _check_kind(to)
     groups = options.get("groups", 32)
     require(isinstance(groups, int) and groups >= 1, f"groups must be at least 1, got {groups!r}: 32 is usual.")
     require(dims in (None, 1, 2, 3), f"dims must be 1, 2 or 3, got {dims}: 2 is for images.")
     _check_options(to, options)
     before = None if example is None else run_in_eval(model, example, forward)
-    changed, skipped = {}, {}
+    originals = {} if inplace else dict(model.named_modules())  # a closure in a copy still holds them
     with Operation(model, inplace=inplace) as operation:
-        replace = replacement(to, options, operation.model, dims)
-        for name, layer in selected(operation.model, where):
-            try:
-                new = replace(layer)
-            except Impossible as reason:
-                skipped[name] = str(reason)
-                continue
-            operation.swap(layer, new)
-            changed[name] = f"{type(layer).__name__} → {type(new).__name__}"
+        seen = positions_seen(operation.model, example, forward) if to == "instance" and example is not None else {}
+        exchanged, changed, skipped = _exchange(operation, replacement(to, options, operation.model, dims, seen), where)
         error = None
         if example is not None:
-            error = _verified(operation.model, before, example, forward, tolerance, to in _WITHOUT_STATISTICS)
+            old = exchanged | {originals[name]: name for name in changed if name in originals}
+            with _refused(old):
+                error = _verified(operation.model, before, example, forward, tolerance, to in _WITHOUT_STATISTICS)
     return operation.result(changed, skipped, error)
+
+
+def _check_kind(to: Any) -> None:
+    if isinstance(to, str):
+        if to not in KINDS:
+            raise unknown("kind of norm", to, KINDS)
+        return
+    name = getattr(to, "__name__", "")
+    known = (kind for kind in _WITHOUT_STATISTICS if name.lower().startswith(f"{kind}norm"))
+    hint = next((f'say to="{kind}"' for kind in known), 'to="batch" is usual')
+    require(
+        isinstance(to, type) and is_batch_norm_class(to),
+        f"to must be one of {', '.join(KINDS)}, or a class of batch norms, got {to!r}: {hint}.",
+    )
+    require(
+        not issubclass(to, _OTHER_STATISTICS),
+        f"convert keeps a layer's statistics as they are, got {to}, which holds them in another form: build it, "
+        "and load the state_dict.",
+    )
+
+
+def _exchange(
+    operation: Operation, replace: Callable[[nn.Module], nn.Module], where: Where | None
+) -> tuple[dict[nn.Module, str], dict[str, str], dict[str, str]]:
+    """The old layers with their names, what changed, and what did not."""
+    old, changed, skipped = {}, {}, {}
+    for name, layer in selected(operation.model, where):
+        try:
+            new = replace(layer)
+        except Impossible as reason:
+            skipped[name] = str(reason)
+            continue
+        operation.swap(layer, new)
+        old[layer], changed[name] = name, f"{type(layer).__name__} → {type(new).__name__}"
+    return old, changed, skipped
 
 
 def selected(model: nn.Module, where: Where | None) -> list[tuple[str, nn.Module]]:
@@ -121,9 +145,16 @@ def selected(model: nn.Module, where: Where | None) -> list[tuple[str, nn.Module
 
 
 def replacement(
-    to: str | type[_BatchNorm], options: dict[str, Any], model: nn.Module, dims: int | None
+    to: str | type[_BatchNorm],
+    options: dict[str, Any],
+    model: nn.Module,
+    dims: int | None,
+    seen: Mapping[nn.Module, set[int]] | None = None,
 ) -> Callable[[nn.Module], nn.Module]:
-    """What makes the new layer out of an old one, and raises `Impossible` where it can't."""
+    """What makes the new layer out of an old one, and raises `Impossible` where it can't.
+
+    `seen` is how many dimensions of positions the layers' inputs have, where that is known.
+    """
     usual = dims or _usual_dimensions(model)
 
     def replace(layer: nn.Module) -> nn.Module:
@@ -132,7 +163,8 @@ def replacement(
         if "parametrizations" in layer._modules:
             raise Impossible("is parametrized")
         if to in _WITHOUT_STATISTICS:
-            return _without_statistics(layer, str(to), options, dimensions_of(layer) or usual)
+            behind = places(layer, (seen or {}).get(layer, set()), dims, usual) if to == "instance" else 0
+            return without_statistics(layer, str(to), options, behind)
         kind = to if isinstance(to, type) else _class_of(to, dimensions_of(layer), usual)
         _check_possible(layer, kind, options)
         return grafted(layer, kind, options, model)
@@ -162,44 +194,21 @@ def _check_possible(layer: nn.Module, kind: type[_BatchNorm], options: dict[str,
         raise Impossible(f"is a {kind.__name__} already")
     if layer.running_mean is None and issubclass(kind, (layers.BatchRenorm, *FROZEN)):
         raise Impossible(f"keeps no running statistics, which {kind.__name__} needs")
+    if not is_again(layer, kind) and not _is_built_as_usual(kind, options):
+        raise Impossible(f"{kind.__name__} takes other arguments than num_features, momentum= and device=")
     try:
         activation = activation_of(layer)
     except LookupError as error:
         raise Impossible(f"applies a {error} too, which bnkit.nn's layers don't") from None
-    _check_activation(layer, activation, kind)
+    check_activation(layer, activation, kind)
 
 
-def _check_activation(layer: nn.Module, activation: str | None, kind: type[nn.Module]) -> None:
-    origin = origin_of(layer)
-    returns = origin is not None and origin.kind is kind
-    if activation is not None and not issubclass(kind, OURS) and not returns:
-        raise Impossible(f"applies {activation}, which {kind.__name__} can't")
-
-
-def _without_statistics(layer: nn.Module, to: str, options: dict[str, Any], dims: int | None) -> nn.Module:
+def _is_built_as_usual(kind: type[nn.Module], options: dict[str, Any]) -> bool:
     try:
-        activation = activation_of(layer)
-    except LookupError as error:
-        raise Impossible(f"applies a {error} too") from None
-    settings = settings_of(layer)
-    channels, eps = settings["num_features"], settings["eps"]
-    if to == "instance":
-        if dims is None:
-            raise Impossible("nothing tells whether it is of 1, 2 or 3 dimensions: pass dims=")
-        new: nn.Module = getattr(nn, f"InstanceNorm{dims}d")(channels, eps, affine=True, device="meta")
-    else:
-        groups = math.gcd(options.get("groups", 32), channels) if to == "group" else 1
-        new = nn.GroupNorm(groups, channels, eps, device="meta")
-    _check_activation(layer, activation, type(new))
-    for name in ("weight", "bias"):
-        tensor = getattr(layer, name)
-        parameter = tensor if tensor is None or isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, False)
-        new.register_parameter(name, parameter)
-    for name in vars(new):
-        if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called", "_is_full_backward_hook")):
-            vars(new)[name] = vars(layer)[name]
-    new.training = layer.training
-    return new
+        inspect.signature(kind).bind(1, momentum=0.1, device="meta", **options)
+    except TypeError:
+        return False
+    return True
 
 
 def _check_options(to: str | type, options: dict[str, Any]) -> None:
@@ -224,3 +233,22 @@ def _verified(
     if not differs:
         check(error, tolerance_for(before, tolerance), "convert")
     return error
+
+
+@contextlib.contextmanager
+def _refused(old: Mapping[nn.Module, str]) -> Iterator[None]:
+    """Refuse that layers run which were exchanged: what holds them has not been seen."""
+
+    def refuse(name: str, *_: Any, **__: Any) -> None:
+        raise UserError(
+            f"an exchanged layer must not run any more, but {name} does on the example: a closure, bound method or "
+            "other object holds it too; nothing was changed. Hold it in an attribute, list or dict of a module."
+        )
+
+    for layer, name in old.items():
+        vars(layer)["forward"] = functools.partial(refuse, name)
+    try:
+        yield
+    finally:
+        for layer in old:
+            del vars(layer)["forward"]

@@ -205,7 +205,7 @@ def _put(operation: Operation, old: nn.Module, new: nn.Module) -> None:
 def _make_affine(operation: Operation, call: Call) -> None:
     scale, shift = affine_of(call.module)
     mean: Tensor = call.module.running_mean  # pyright: ignore[reportAssignmentType]
-    affine = ChannelAffine(scale.to(mean.dtype), shift.to(mean.dtype))
+    affine = ChannelAffine(scale.to(mean.dtype), shift.to(mean.dtype), like=call.module)
     remainder = remainder_of(call.module, adds=len(call.inputs) > 1)
     if isinstance(remainder, AddAndActivate):
         affine.activation = remainder.activation

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from .._checks import require
-from ._convert import Impossible, replacement, selected
+from ._convert import replacement, selected
 from ._graft import FROZEN, grafted, origin_of
 from ._operation import Operation, check_unwrapped
 from ._result import Surgery
+from ._stateless import Impossible
 from ._where import Where
 
 

@@ -22,6 +22,11 @@ def is_batch_norm(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm) or _is_foreign_frozen(module)
 
 
+def is_batch_norm_class(kind: type) -> bool:
+    """Whether such modules are batch normalizations."""
+    return issubclass(kind, _BatchNorm) or kind.__name__ in _FROZEN_CLASSES
+
+
 def uses_running_statistics(module: nn.Module, training: bool) -> bool:
     """Whether it normalizes by running statistics, with `training` as its flag: it has them, and may use them."""
     has_them = isinstance(getattr(module, "running_mean", None), Tensor)

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from .._checks import UserError
-from ._references import holders, replaced
+from ._references import holders, reachable, replaced
 from ._result import Surgery
 
 _REGISTRIES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
@@ -46,7 +46,8 @@ class Operation:
         self._heirs = dict(zip(model.parameters(), self.model.parameters(), strict=True))
         self._undo: list[Callable[[], None]] = []
         self._touched: set[nn.Module] = set()
-        self._holders = holders(self.model)
+        self._holders, registered = holders(self.model), set(self.model.modules())
+        self._unregistered = [module for module in reachable(self.model) if module not in registered]
 
     def __enter__(self) -> Self:
         return self
@@ -64,17 +65,17 @@ class Operation:
         self._touched.clear()
 
     def swap(self, old: nn.Module, new: nn.Module) -> None:
-        """Put `new` wherever `old` is registered, under every name, or in a list, tuple or dict that is an attribute;
-        if `old` is the model, `new` becomes the model.
+        """Put `new` wherever `old` is registered, under every name, or in a list, dict or other container that is an
+        attribute; if `old` is the model, `new` becomes the model.
         """
-        for parent in list(self.model.modules()):
+        for parent in [*self.model.modules(), *self._unregistered]:
             for name, child in parent._modules.items():
                 if child is old:
                     self.touch(parent)
                     parent._modules[name] = new
         for parent, name in self._holders.get(old, ()):
             self.touch(parent)
-            vars(parent)[name] = replaced(vars(parent)[name], old, new)
+            vars(parent)[name] = replaced(vars(parent)[name], old, new, self._undo)
         self._holders[new] = self._holders.get(old, [])
         if old is self.model:
             self._undo.append(lambda: setattr(self, "model", old))

@@ -35,11 +35,16 @@ class ChannelAffine(AddAndActivate):
     Args:
         weight, bias: (C,).
         activation: A name that `bnkit.nn.BatchNorm2d` takes, or None.
+        like: The batch norm in whose place it stands: weight and bias need gradients as its own do, and none where it
+            has no parameters. Without one, both do.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor, activation: str | None = None) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor, activation: str | None = None, like: nn.Module | None = None
+    ) -> None:
         super().__init__(activation)
-        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
+        self.weight = nn.Parameter(weight, like is None or _needs_gradient(like, "weight"))
+        self.bias = nn.Parameter(bias, like is None or _needs_gradient(like, "bias"))
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """activation(weight · input + bias + residual), of the shape and type of the input, (N, C, *)."""
@@ -76,3 +81,8 @@ class ChannelPad(nn.Module):
     def extra_repr(self) -> str:
         """The number of channels and the amounts."""
         return f"{self.value.numel()}, amounts={self.amounts}"
+
+
+def _needs_gradient(module: nn.Module, name: str) -> bool:
+    tensor = getattr(module, name, None)
+    return tensor is not None and tensor.requires_grad

@@ -6,6 +6,7 @@ import difflib
 import fnmatch
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from torch import nn
 
@@ -23,11 +24,11 @@ def selector(where: Where, names: Iterable[str]) -> Callable[[str, nn.Module], b
         names: Of all modules, to check spelling.
 
     Raises:
-        UserError: a name or pattern that fits none of `names`.
+        UserError: a name or pattern that fits none of `names`, or something else than the above.
     """
-    if callable(where) and not isinstance(where, type):
+    if callable(where) and not isinstance(where, (type, nn.Module)):
         return where
-    entries = [where] if isinstance(where, (str, type)) else list(where)
+    entries = _entries(where)
     patterns = [entry for entry in entries if isinstance(entry, str)]
     types = tuple(entry for entry in entries if isinstance(entry, type))
     names = list(names)
@@ -57,6 +58,19 @@ def selected(
         return {module: name for module, (name, *_) in found.items()}
     selects = selector(where, (name for several in names.values() for name in several))
     return {m: several[0] for m, several in found.items() if any(selects(name, m) for name in several)}
+
+
+def _entries(where: Any) -> list[Any]:
+    several = isinstance(where, Iterable) and not isinstance(where, (str, type, nn.Module))
+    entries = list(where) if several else [where]
+    for entry in entries:
+        if not isinstance(entry, (str, type)):
+            shown = f"a {type(entry).__name__} itself" if isinstance(entry, nn.Module) else repr(entry)
+            raise UserError(
+                "where= must be a module's name, a shell pattern, a type, several of these, or one predicate "
+                f"(name, module) -> bool, got {shown}: see model.named_modules() for the names."
+            )
+    return entries
 
 
 def _fits(name: str, pattern: str) -> bool:

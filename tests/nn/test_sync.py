@@ -365,6 +365,14 @@ def test_is_a_batch_norm_to_others():
 def test_a_timeout_has_to_be_positive():
     with pytest.raises(UserError, match="timeout must be positive, got 0"):
         SyncBatchNorm(3, timeout=0)
+    with pytest.raises(UserError, match="timeout must be positive, got '5'"):
+        SyncBatchNorm(3, timeout="5")
+
+
+@pytest.mark.parametrize("group", [3, "nccl", print])
+def test_a_process_group_has_to_be_one(group):
+    with pytest.raises(UserError, match="process_group must be a process group, or None for all ranks, got"):
+        SyncBatchNorm(3, process_group=group)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

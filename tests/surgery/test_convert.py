@@ -368,3 +368,117 @@ def randomized_statistics(model: nn.Module) -> nn.Module:
                 module.running_mean.normal_(0, 0.1)
                 module.running_var.uniform_(0.5, 2)
     return model
+
+
+@pytest.mark.parametrize(
+    ("to", "remedy"),
+    [
+        (nn.GroupNorm, 'say to="group"'),
+        (nn.LayerNorm, 'say to="layer"'),
+        (nn.InstanceNorm2d, 'say to="instance"'),
+        (nn.Linear, 'to="batch" is usual'),
+        (None, 'to="batch" is usual'),
+        (3, 'to="batch" is usual'),
+        (int, 'to="batch" is usual'),
+        (list[int], 'to="batch" is usual'),
+    ],
+)
+def test_what_is_no_kind_of_norm(to, remedy):
+    with pytest.raises(
+        UserError, match=r"^to must be one of batch, frozen, .*, or a class of batch norms, got "
+    ) as error:
+        convert(net(), to)
+    assert repr(to) in str(error.value)
+    assert remedy in str(error.value)
+
+
+class OfOtherArguments(nn.BatchNorm2d):
+    def __init__(self, width):
+        super().__init__(width)
+
+
+@pytest.mark.parametrize("kind", [OfOtherArguments, torchvision.ops.FrozenBatchNorm2d])
+def test_classes_of_other_arguments_come_back_but_are_not_built(kind):
+    assert "takes other arguments" in convert(net(), kind).skipped["1"]
+    model = nn.Sequential(kind(3))
+    assert type(convert(convert(model, "batch").model, kind).model[0]) is kind
+
+
+@pytest.mark.parametrize(
+    ("to", "options", "message"),
+    [
+        ("ghost", {"ghost_size": "a"}, "ghost_size must be an integer of at least 1, got 'a'"),
+        ("sync", {"process_group": 3}, "process_group must be a process group, or None for all ranks, got 3"),
+    ],
+)
+def test_options_of_the_wrong_type(to, options, message):
+    with pytest.raises(UserError, match=message):
+        convert(net(), to, **options)
+
+
+@pytest.mark.parametrize("where", [0, True, [0], ["1", None], [lambda name, module: True], nn.Sequential()])
+def test_where_of_the_wrong_type(where):
+    with pytest.raises(
+        UserError, match=r"^where= must be a module's name, .* got (0|True|None|<function|a Sequential)"
+    ):
+        convert(net(), "batch", where)
+
+
+def test_instance_norm_needs_positions():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(3, 4, 1), nn.BatchNorm1d(4), nn.Flatten(), nn.Linear(20, 4), nn.BatchNorm1d(4))
+    x = torch.randn(4, 3, 5)  # as many samples as channels: torch's layer would take (N, C) for (C, L)
+    unknown = "nothing tells whether its input is (N, C), of one value a channel: pass example= or dims="
+    assert convert(model, "instance").skipped == {"1": unknown, "4": unknown}
+    result = convert(randomized(model), "instance", example=x)
+    assert set(result.changed) == {"1"}
+    assert result.skipped == {"4": "its input is (N, C), where an instance has one value a channel"}
+    entering = model[0](x)
+    normalized = (entering - entering.mean(2, keepdim=True)) / (
+        entering.var(2, keepdim=True, correction=0) + 1e-5
+    ).sqrt()
+    expected = normalized * model[1].weight.view(1, 4, 1) + model[1].bias.view(1, 4, 1)
+    torch.testing.assert_close(result.model[:2](x), expected, rtol=1e-4, atol=1e-5)
+    assert type(convert(net(1), "instance", dims=1).model[1]) is nn.InstanceNorm1d
+
+
+def test_instance_norm_of_layers_of_any_dimension_is_of_the_inputs():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.SyncBatchNorm(4), nn.Flatten(2), nn.SyncBatchNorm(4))
+    kinds = [nn.InstanceNorm2d, nn.InstanceNorm1d]
+    assert [type(norm) for norm in convert(model, "instance", example=image()).model[1::2]] == kinds
+    twice = nn.Sequential(model[1], model[2], model[1])
+    assert "and always as many" in convert(twice, "instance", example=torch.randn(2, 4, 3, 3)).skipped["0"]
+
+
+class WithHelper(nn.Module):
+    """Runs its layer by way of something that surgery doesn't see."""
+
+    def __init__(self, hold):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+        self.helper = hold(self.norm)
+
+    def forward(self, x):
+        return self.helper(x)
+
+
+class Helper:
+    def __init__(self, norm):
+        self.norm = norm
+
+    def __call__(self, x):
+        return self.norm(x)
+
+
+def closure(norm):
+    return lambda x: norm(x)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("hold", [Helper, closure])
+def test_old_layers_that_still_run_are_an_error(hold, inplace):
+    model, x = WithHelper(hold), image()
+    with pytest.raises(UserError, match="an exchanged layer must not run any more, but norm does on the example"):
+        convert(model, "batch", example=x, inplace=inplace)
+    assert type(model.norm) is nn.BatchNorm2d
+    assert model(x).shape == x.shape

@@ -213,3 +213,11 @@ def test_a_model_that_asks_the_norm_for_something_can_not_lose_it(inplace):
     with pytest.raises(UserError, match=r"fold must leave a model that runs, but it raises AttributeError.*where="):
         fold(model, x, inplace=inplace)
     assert torch.equal(model(x), before(x))
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_what_remains_trains_as_the_norm_did(trainable):
+    model = settled(nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU(), nn.BatchNorm2d(4), nn.ReLU()))
+    result = fold(model.requires_grad_(trainable), values(2, 4, 3, 3), rest="affine")
+    assert list(result.changed) == ["2"]
+    assert [p.requires_grad for p in result.model[2].parameters()] == [trainable] * 2

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
 
 import pytest
 import timm.layers
@@ -12,6 +13,7 @@ from torch import nn
 import bnkit
 from bnkit import UserError
 from bnkit.surgery import convert, freeze, unfreeze
+from bnkit.surgery._remainder import ChannelAffine
 
 
 def net(norm=nn.BatchNorm2d) -> nn.Sequential:
@@ -154,3 +156,131 @@ def test_without_running_statistics():
     model = nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False))
     assert "keeps no running statistics" in freeze(model).skipped["0"]
     assert freeze(model, statistics=False).changed == {"0": "froze affine"}
+
+
+Pair = namedtuple("Pair", ["first", "second"])
+
+
+class Named(list):
+    """A list with an attribute, and a constructor of its own."""
+
+    def __init__(self, name, items):
+        super().__init__(items)
+        self.name = name
+
+
+class Triple(tuple):
+    def __new__(cls, a, b, c):
+        return super().__new__(cls, (a, b, c))
+
+    def __getnewargs__(self):
+        return tuple(self)
+
+
+def marked(value, mark):
+    value.mark = mark
+    return value
+
+
+CONTAINERS = {
+    "list": lambda norm: [norm, 1],
+    "list subclass": lambda norm: Named("norms", [norm]),
+    "tuple": lambda norm: (norm, 1),
+    "tuple subclass": lambda norm: marked(Triple(0, norm, 2), "mark"),
+    "namedtuple": lambda norm: Pair("text", norm),
+    "dict": lambda norm: {"a": 1, "norm": norm, "b": 2},
+    "keys of a dict": lambda norm: {"a": 1, norm: "norm", "b": 2},
+    "OrderedDict": lambda norm: OrderedDict(a=1, norm=norm, b=2),
+    "defaultdict": lambda norm: defaultdict(list, norms=[norm]),
+    "Counter": lambda norm: Counter({"a": 3, norm: 2}),
+    "deque": lambda norm: deque([1, norm], maxlen=2),
+    "set": lambda norm: {norm, 1},
+    "frozenset": lambda norm: frozenset({norm, (norm, 1)}),
+    "nested": lambda norm: OrderedDict(a=[deque([Pair({"norms": (norm,)}, 3)])]),
+    "a module that is not registered": lambda norm: [nn.Sequential(norm, nn.ReLU())],
+}
+
+
+class Holding(nn.Module):
+    """Runs its layer out of containers, one of which two attributes hold."""
+
+    def __init__(self, contain):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+        self.held = self.same = contain(self.norm)
+
+    def forward(self, x):
+        for norm in norms_in(self.held):
+            x = norm(x)
+        return x
+
+
+def norms_in(value):
+    if isinstance(value, nn.Module):
+        return [m for m in value.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if isinstance(value, dict):
+        value = value.items()
+    return [m for item in value for m in norms_in(item)] if not isinstance(value, (str, int)) else []
+
+
+def shown(value, norm):
+    """Classes, attributes and contents, in order, with "norm" for the layer."""
+    if isinstance(value, nn.Module):
+        return "norm" if value is norm else [shown(child, norm) for child in value.children()]
+    if not isinstance(value, (list, tuple, dict, set, frozenset, deque)):
+        return value
+    items = [shown(item, norm) for item in (value.items() if isinstance(value, dict) else value)]
+    if isinstance(value, (set, frozenset)):
+        items.sort(key=str)
+    extra = getattr(value, "default_factory", None), getattr(value, "maxlen", None), getattr(value, "__dict__", None)
+    return type(value), extra, items
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("contain", CONTAINERS.values(), ids=CONTAINERS)
+def test_layers_in_containers_are_frozen_there_too(contain, inplace):
+    model, x = Holding(contain).train(), torch.randn(4, 3, 5, 5) + 7
+    before = shown(model.held, model.norm)
+    frozen = freeze(model, inplace=inplace).model.train()
+    frozen(x)
+    assert set(norms_in(frozen.held)) == {frozen.norm}
+    assert frozen.norm.running_mean.tolist() == [0, 0, 0]
+    assert shown(frozen.held, frozen.norm) == shown(frozen.same, frozen.norm) == before
+    if not isinstance(frozen.held, (tuple, frozenset)):
+        assert frozen.held is frozen.same
+    thawed = unfreeze(frozen, inplace=inplace).model.train()
+    thawed(x)
+    assert shown(thawed.held, thawed.norm) == before
+    assert min(thawed.norm.running_mean.tolist()) > 0.5
+
+
+@pytest.mark.parametrize("contain", CONTAINERS.values(), ids=CONTAINERS)
+def test_containers_are_as_before_if_surgery_fails(contain):
+    model = Holding(contain)
+    norm, held = model.norm, model.held
+    before = shown(held, norm)
+    with pytest.raises(UserError, match="convert must leave the outputs as they were"):
+        convert(model, "batch", example=torch.randn(4, 3, 5, 5), tolerance=-1.0, inplace=True)
+    assert model.norm is norm
+    assert model.held is model.same is held
+    assert shown(held, norm) == before
+
+
+def test_containers_that_hold_themselves():
+    model = Holding(lambda norm: [norm])
+    model.held.append(model.held)
+    freeze(model, inplace=True)
+    assert model.held[0] is model.norm
+    assert model.held[1] is model.held
+
+
+def test_what_stands_for_a_batch_norm_trains_as_that_did():
+    def needs_gradients(norm):
+        return [p.requires_grad for p in ChannelAffine(torch.ones(3), torch.zeros(3), like=norm).parameters()]
+
+    norm = nn.BatchNorm2d(3)
+    assert needs_gradients(None) == needs_gradients(norm) == [True, True]
+    norm.weight.requires_grad_(False)
+    assert needs_gradients(norm) == [False, True]
+    assert needs_gradients(nn.BatchNorm2d(3, affine=False)) == [False, False]
+    assert needs_gradients(torchvision.ops.FrozenBatchNorm2d(3)) == [False, False]
