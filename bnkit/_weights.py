@@ -112,15 +112,20 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the model's `state_dict`, whole or not at all: as safetensors if `path` ends so, else by `torch.save`.
 
     Raises:
-        UserError: the folder can't be written.
+        UserError: the folder can't be written, or the `state_dict` has entries that safetensors can't hold.
     """
+    state = model.state_dict()
+    as_safetensors = Path(path).suffix == ".safetensors"
+    others = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    require(
+        not (as_safetensors and others),
+        f"safetensors files hold tensors only, got {_some(others)} of another type: name a .pt file.",
+    )
     with written_aside(path) as temporary:
-        if Path(path).suffix == ".safetensors":
+        if as_safetensors:
             from safetensors.torch import save_file
 
             # Tensors that share memory are written once each: the format has no aliases.
-            save_file(
-                {name: t.detach().cpu().contiguous().clone() for name, t in model.state_dict().items()}, temporary
-            )
+            save_file({name: t.detach().cpu().contiguous().clone() for name, t in state.items()}, temporary)
         else:
-            torch.save(model.state_dict(), temporary)
+            torch.save(state, temporary)

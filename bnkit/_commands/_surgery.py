@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json as json_module
+import sys
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
-from .._checks import UserError
+from .._checks import UserError, require
 from .._weights import save_weights
+from ._models import words_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from torch.export import ExportedProgram
 
     from ..surgery import Surgery
 
@@ -34,6 +40,7 @@ def example_of(shape: str) -> Tensor:
         raise UserError(
             f"--shape must be numbers with commas between, got {shape!r}: write it like 3,224,224."
         ) from None
+    require(min(sizes) >= 1, f"--shape must be of sizes of at least 1, got {shape!r}: write it like 3,224,224.")
     return torch.randn(2, *sizes, generator=torch.Generator().manual_seed(0))
 
 
@@ -41,9 +48,9 @@ def run(model: nn.Module, example: Tensor) -> Tensor:
     """The model on an example; says which shape failed."""
     try:
         return model(example)
-    except (RuntimeError, ValueError, TypeError) as error:
+    except Exception as error:  # of any type: timm's models assert
         raise UserError(
-            f"the model must run on inputs of shape {tuple(example.shape)}, but fails ({str(error).splitlines()[0]}): "
+            f"the model must run on inputs of shape {tuple(example.shape)}, but fails ({_short(error)}): "
             "give the right --shape."
         ) from error
 
@@ -71,7 +78,28 @@ def _write(model: nn.Module, out: Path, example: Tensor | None) -> None:
         return
     if example is None:
         raise UserError(f"only fold and insert write programs, got {out}: name a .safetensors or .pt file.")
-    batch = torch.export.Dim("batch")
-    program = torch.export.export(model.eval(), (example,), dynamic_shapes=({0: batch},))
+    program = _exported(model, example, out)
     with written_aside(out) as temporary, open(temporary, "wb") as file:
         torch.export.save(program, file)
+
+
+def _exported(model: nn.Module, example: Tensor, out: Path) -> ExportedProgram:
+    """A program for batches of any size; a model that torch can't make one of ends the command."""
+    import torch
+
+    # Two images, if need be the same one: of a batch of one, torch.export would make a constant.
+    examples, sizes = (example[[0, -1]],), ({0: torch.export.Dim("batch")},)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # torch prints the graph up to where it gave up
+            return torch.export.export(model.eval(), examples, dynamic_shapes=sizes)
+    except Exception as error:
+        print(
+            f"bnkit: a program must be of a model that torch.export takes, got one that fails ({_short(error)}): "
+            f"write the weights, with --out {out.with_suffix('.safetensors')} or {out.with_suffix('.pt')}.",
+            file=sys.stderr,
+        )
+        raise typer.Exit(1) from error
+
+
+def _short(error: Exception) -> str:
+    return textwrap.shorten(words_of(error), 300, placeholder=" ...")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from .._checks import require
 from ._models import ModelName, ModelOptions, load_model, name_and_value
 from ._surgery import Checkpoint, Json, Where, finish
 
@@ -29,5 +31,7 @@ def convert(
     from .. import surgery
 
     options = dict(name_and_value(text, "--norm-option", "ghost_size=16") for text in norm_option or ())
+    own = sorted(inspect.signature(surgery.convert).parameters.keys() & options.keys())
+    require(not own, f"--norm-option is for the new layers, got {', '.join(own)} of convert itself: leave it out.")
     result = surgery.convert(load_model(model, option, checkpoint), to, where or None, inplace=True, **options)
     finish(result, out, json)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from .._checks import require
 from .._weights import load_weights
 from ._data import DataDir, Download, ImageSize, SkipCorrupt, load_for_training
 from ._models import ModelName, ModelOptions, load_model
@@ -46,6 +47,8 @@ def insert(
     """Put batch norms into a trained model, outputs unchanged, and report where."""
     from .. import surgery
 
+    require(batch_size >= 1, f"--batch-size must be at least 1, got {batch_size}: 128 is usual.")
+    require(batches is None or batches >= 1, f"--batches must be at least 1, got {batches}: leave it out for all.")
     if data is None:
         example, loader = example_of(shape), None
         network = load_model(model, option, checkpoint)
@@ -57,7 +60,8 @@ def insert(
         if checkpoint is not None:
             load_weights(network, checkpoint)
         loader = _batches(Images(images, "train", normalize, batch_size), batches)
-        example = next(loader)
+        example = next(loader, None)
+        require(example is not None, f"{data} must hold images to calibrate on, got none that can be read: add some.")
         loader = itertools.chain([example], loader)
     result = surgery.insert(
         network,
@@ -69,7 +73,7 @@ def insert(
         inplace=True,
         forward=run,
     )
-    finish(result, out, json, example[:2])
+    finish(result, out, json, example)
 
 
 def _batches(images: Images, count: int | None) -> Iterator[Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import nn as layers
+from .._checks import UserError
 from ..ops import INVERTIBLE
 
 FROZEN = (layers.FrozenBatchNorm, layers.FrozenBatchNorm1d, layers.FrozenBatchNorm2d, layers.FrozenBatchNorm3d)
@@ -140,7 +141,7 @@ def _blank(
         nn.Module.__init__(new)
         vars(new).update(attributes | settings)
     else:
-        new = kind(settings["num_features"], momentum=settings["momentum"], device="meta", **options)
+        new = _constructed(kind, settings, options)
         vars(new).update(settings)
     for name in _OPTIONS:
         if hasattr(layer, name) and hasattr(new, name) and name not in options:
@@ -149,6 +150,20 @@ def _blank(
         vars(new)["activation"] = activation_of(layer)
     _carry_inplace(layer, new)
     return new
+
+
+def _constructed(kind: type[_BatchNorm], settings: dict[str, Any], options: dict[str, Any]) -> _BatchNorm:
+    try:
+        return kind(settings["num_features"], momentum=settings["momentum"], device="meta", **options)
+    except UserError:
+        raise
+    except (TypeError, ValueError, AttributeError) as error:
+        if not options:  # then it is no mistake of the caller's
+            raise
+        given = ", ".join(f"{name}={value!r}" for name, value in options.items())
+        raise UserError(
+            f"{kind.__name__} must be made with options that it takes, got {given} ({error}): give other values."
+        ) from error
 
 
 def _carry_inplace(layer: nn.Module, new: nn.Module) -> None:

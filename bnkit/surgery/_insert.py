@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from .. import nn as bnkit_nn
 from .._checks import UserError, require, unknown
 from .._modes import buffers_kept, evaluating, hooked
-from ..graph import Forward, apply, feed, record
+from ..graph import Forward, apart, apply, feed, record
 from ..moments import Moments, statistics_dtype
-from ._insert_sites import Site, is_layer, site_of
+from ._insert_sites import Site, is_layer, returning_no_tensor, site_of
 from ._normed import Normed, NormedLast, normed_like
 from ._operation import Operation, check_unwrapped
 from ._result import Surgery
@@ -30,6 +30,7 @@ _ANY_DIMENSION = {"ghost": "GhostBatchNorm", "sync": "SyncBatchNorm", "renorm": 
 
 
 @torch.inference_mode(False)
+@torch.random.fork_rng()
 def insert(
     model: nn.Module,
     data: Iterable[Any] | None = None,
@@ -57,7 +58,8 @@ def insert(
     still loads, and makes the new one compute what the original did.
 
     A layer shared by several places gets one batch norm, with the statistics of all. Left alone, with the reason in
-    `skipped`: layers that have a norm behind them, and unless `where` names them those that make the output.
+    `skipped`: layers that have a norm behind them, that return something else than a tensor, and unless `where` names
+    them those that make the output. torch's random generators are left as they were.
 
     Args:
         model: Any network.
@@ -67,7 +69,7 @@ def insert(
         example: An input, where there is no `data`.
         where: Behind which layers: names, shell patterns, types, or a predicate `(name, module) -> bool`.
         norm: `"batch"`, `"ghost"`, `"sync"`, `"frozen"` or `"renorm"`, or a function from the number of channels to a
-            layer with running statistics, weight and bias.
+            layer with running statistics, weight and bias, which moves to the device and type of the statistics.
         tolerance: Largest relative difference of outputs on the first batch; see `fold`.
         inplace: Change `model` itself instead of a copy.
         forward: `forward(model, batch)` runs the model in another way.
@@ -84,24 +86,17 @@ def insert(
     check_unwrapped(model)
     check_has_values(model)
     with Operation(model, inplace=inplace) as operation:
-        with evaluating(operation.model):
-            facts = record(operation.model, first, run)
-        layers = selected(where, facts.names, is_layer)
-        sites, skipped = [], {}
-        for module, name in layers.items():
-            try:
-                sites.append(site_of(module, name, facts, last_too=where is not None))
-            except Refused as refusal:
-                skipped[name] = str(refusal)
-        moments = measure(operation.model, sites, batches, run) if batches is not None else {}
-        changed = {site.name: _insert_behind(operation, site, norm, moments.get(site.module)) for site in sites}
-        error = relative_error(run_in_eval(operation.model, first, run), facts.output)
-        check(error, tolerance_for(facts.output, tolerance), "insert")
+        sites, skipped, output = _look(operation.model, first, run, where)
+        with torch.random.fork_rng():  # the comparison is to draw the random numbers that the first run drew
+            moments = measure(operation.model, sites, batches, run) if batches is not None else {}
+            changed = {site.name: _insert_behind(operation, site, norm, moments.get(site.module)) for site in sites}
+        error = relative_error(run_in_eval(operation.model, first, run), output)
+        check(error, tolerance_for(output, tolerance), "insert")
         if batches is None and sites:
             warnings.warn(
                 "inserted without calibration data: the outputs are the same in eval mode, but will differ in training "
                 "mode, where batches have other means and variances than 0 and 1; pass data=.",
-                stacklevel=3,  # behind the decorator
+                stacklevel=4,  # behind the decorators
             )
         return operation.result(changed, skipped, error)
 
@@ -117,6 +112,23 @@ def _first_of(data: Iterable[Any] | None, example: Any) -> tuple[Iterator[Any] |
     except StopIteration:
         raise UserError("insert needs at least one calibration batch, got none: check the loader.") from None
     return itertools.chain([first], batches), first
+
+
+def _look(
+    model: nn.Module, example: Any, forward: Forward, where: Where | None
+) -> tuple[list[Site], dict[str, str], Any]:
+    """Where norms go, why none goes behind other layers, and the model's output, in eval mode."""
+    with evaluating(model), returning_no_tensor(model) as others:
+        facts = record(model, example, forward)
+    sites, skipped = [], {}
+    for module, name in selected(where, facts.names, is_layer).items():
+        try:
+            if module in others:
+                raise Refused("its output is not a tensor")
+            sites.append(site_of(module, name, facts, last_too=where is not None))
+        except Refused as refusal:
+            skipped[name] = str(refusal)
+    return sites, skipped, facts.output
 
 
 def measure(
@@ -136,7 +148,7 @@ def measure(
 
     with evaluating(model), buffers_kept(model), torch.no_grad(), hooked(watch(site) for site in sites):
         for batch in batches:
-            feed(model, batch, forward)
+            feed(model, apart(batch), forward)
     return moments
 
 
@@ -167,6 +179,9 @@ def _statistics(site: Site, moments: Moments | None, weight: Tensor) -> tuple[Te
     if moments is None:
         zeros = torch.zeros(site.channels, dtype=torch.float64, device=weight.device)
         return zeros, torch.ones_like(zeros)
+    require(
+        int(moments.count) > 0, f"calibration batches must not be empty, but {site.name} got none: check the loader."
+    )
     mean = moments.mean.double() + moments.mean_error.double()
     var = moments.m2.double() / max(int(moments.count) - 1, 1)
     require(
@@ -177,20 +192,18 @@ def _statistics(site: Site, moments: Moments | None, weight: Tensor) -> tuple[Te
 
 
 def _make(norm: Norm, site: Site, weight: Tensor) -> Any:
-    if callable(norm):
-        bn = norm(site.channels)
-        require(
-            all(
-                isinstance(getattr(bn, key, None), Tensor) for key in ("running_mean", "running_var", "weight", "bias")
-            ),
-            f"norm must give a layer with running statistics, weight and bias, got {type(bn).__name__}: "
-            "pass a function like torch.nn.BatchNorm2d.",
-        )
-        return bn.to(weight.device)
-    if norm not in _PER_DIMENSION | _ANY_DIMENSION:
-        raise unknown("norm", str(norm), _PER_DIMENSION | _ANY_DIMENSION)
-    name = _ANY_DIMENSION.get(norm) or f"{_PER_DIMENSION[norm]}{max(site.dims, 1)}d"
-    bn = getattr(bnkit_nn, name)(site.channels, device=weight.device, dtype=statistics_dtype(weight.dtype))
+    bn: Any = (norm if callable(norm) else _class_of(norm, site))(site.channels)
+    require(
+        all(isinstance(getattr(bn, key, None), Tensor) for key in ("running_mean", "running_var", "weight", "bias")),
+        f"norm must give a layer with running statistics, weight and bias, got {type(bn).__name__}: "
+        "pass a function like torch.nn.BatchNorm2d.",
+    )
     for parameter in bn.parameters():
         parameter.requires_grad_(parameter.requires_grad and weight.requires_grad)
-    return bn
+    return bn.to(weight.device, statistics_dtype(weight.dtype))
+
+
+def _class_of(norm: str, site: Site) -> Callable[[int], nn.Module]:
+    if norm not in _PER_DIMENSION | _ANY_DIMENSION:
+        raise unknown("norm", str(norm), _PER_DIMENSION | _ANY_DIMENSION)
+    return getattr(bnkit_nn, _ANY_DIMENSION.get(norm) or f"{_PER_DIMENSION[norm]}{max(site.dims, 1)}d")

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules import activation, dropout
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from .._modes import hooked
 from ..graph import Operator, Record, Value
 from ._axis import axis_after
 from ._normed import Normed
@@ -15,24 +20,9 @@ from ._weighted import Refused, is_weighted
 
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
 _NORM_FUNCTIONS = frozenset({"batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm"})
-_ACTIVATIONS = frozenset(
-    {
-        "relu",
-        "relu6",
-        "leaky_relu",
-        "prelu",
-        "elu",
-        "selu",
-        "celu",
-        "silu",
-        "gelu",
-        "mish",
-        "hardswish",
-        "sigmoid",
-        "tanh",
-    }
-)
-_TRANSPARENT = _ACTIVATIONS | {"dropout", "dropout1d", "dropout2d", "add", "iadd", "cat", "max_pool1d", "max_pool2d"}
+# Functions are named as their modules are: "leaky_relu" and "LeakyReLU". Poolings are told by the word in their name.
+_ACTIVATIONS = frozenset(name.lower() for name in (*activation.__all__, *dropout.__all__))
+_SUMS = frozenset({"add", "iadd", "cat"})
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -61,6 +51,21 @@ class Site:
 def is_layer(module: nn.Module) -> bool:
     """Whether it is a convolution or linear layer."""
     return isinstance(module, (_ConvNd, nn.Linear))
+
+
+@contextlib.contextmanager
+def returning_no_tensor(model: nn.Module) -> Iterator[set[nn.Module]]:
+    """Gathers the layers whose forward returns something else than a tensor, such as a tuple, as they run."""
+    found: set[nn.Module] = set()
+
+    def look(module: nn.Module, args: Any, output: Any) -> None:
+        if not isinstance(output, Tensor):
+            found.add(module)
+
+    layers = filter(is_layer, model.modules())
+    # Ahead of others' hooks, which may replace the output: the norm comes before them too.
+    with hooked(layer.register_forward_hook(look, prepend=True) for layer in layers):
+        yield found
 
 
 def site_of(module: nn.Module, name: str, facts: Record, *, last_too: bool) -> Site:
@@ -113,10 +118,15 @@ def _norm_behind(value: Value) -> str | None:
         for reader in waiting.pop().readers:
             if norm := _norm_of(reader, value):
                 return norm
-            if reader.name in _TRANSPARENT or axis_after(reader, 0) is not None:
+            if _is_transparent(reader):
                 waiting += [output for output in reader.outputs if output not in seen]
                 seen.update(reader.outputs)
     return None
+
+
+def _is_transparent(reader: Operator) -> bool:
+    known = reader.name in _SUMS or "pool" in reader.name or reader.name.replace("_", "") in _ACTIVATIONS
+    return known or axis_after(reader, 0) is not None
 
 
 def _norm_of(reader: Operator, source: Value) -> str | None:

@@ -38,10 +38,10 @@ class Surgery:
         """Point an optimizer of the original model at the changed one, in place, and return it.
 
         Surviving parameters keep their group and their state (momentum buffers, moments, step counts). Dropped ones
-        leave the optimizer. New ones that need a gradient join the group of the parameter before them in
-        `model.parameters()` that the optimizer knows, with no state yet (in fused SGD with momenta of zero). Parameters
-        of other models stay. LBFGS, whose state is one for all parameters together, starts anew unless their shapes are
-        as before.
+        leave the optimizer. New ones that need a gradient join the group of the old one directly ahead of them in the
+        model (of an inserted norm, its layer's weight), with no state yet (in fused SGD with momenta of zero). If that
+        one is in no group, as in a frozen backbone, or there is none, they stay out. Parameters of other models stay.
+        LBFGS, whose state is one for all parameters together, starts anew unless their shapes are as before.
 
         Raises:
             UserError: the optimizer holds none of the original model's parameters.
@@ -72,17 +72,17 @@ class Surgery:
 
     def _add_new(self, optimizer: Optimizer) -> None:
         group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
-        known = set(self.heirs.values())
+        known = {*self.heirs.values(), *group_of}
         group: dict[str, Any] | None = None
-        waiting: list[nn.Parameter] = []
-        for parameter in self.model.parameters():
-            group = group_of.get(parameter, group)
-            if parameter not in known and parameter not in group_of and parameter.requires_grad:
-                waiting.append(parameter)
-            if group is not None:
-                group["params"] += waiting
-                _start_momentum(optimizer, group, waiting)
-                waiting = []
+        # With duplicates: what is directly ahead may be a weight that has come before, in a layer that shares it.
+        for _, parameter in self.model.named_parameters(remove_duplicate=False):
+            if parameter in known:
+                group = group_of.get(parameter)
+            elif group is not None and parameter.requires_grad:
+                known.add(parameter)
+                group_of[parameter] = group
+                group["params"].append(parameter)
+                _start_momentum(optimizer, group, parameter)
 
     def __repr__(self) -> str:
         error = "" if self.max_error is None else f", max_error {self.max_error:.1e}"
@@ -95,12 +95,10 @@ class Surgery:
         return "\n".join(lines)
 
 
-def _start_momentum(optimizer: Optimizer, group: Mapping[str, Any], new: list[nn.Parameter]) -> None:
-    """Fused SGD takes momenta of all parameters of a group or of none: where there are some, give new ones zeros."""
-    if not group.get("fused") or not any("momentum_buffer" in optimizer.state.get(p, ()) for p in group["params"]):
-        return
-    for parameter in new:
-        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+def _start_momentum(optimizer: Optimizer, group: Mapping[str, Any], new: nn.Parameter) -> None:
+    """Fused SGD takes momenta of all parameters of a group or of none: where there are some, give a new one zeros."""
+    if group.get("fused") and any("momentum_buffer" in optimizer.state.get(p, ()) for p in group["params"]):
+        optimizer.state[new]["momentum_buffer"] = torch.zeros_like(new)
 
 
 def _named(group: Mapping[str, Any]) -> Iterable[tuple[Any, str]]:

@@ -52,3 +52,22 @@ def test_bad_use_is_one_clear_error(bnkit: Callable, tmp_path: Path):
         bnkit("convert", "vgg11", *OPTIONS, "--to", "gost")
     with pytest.raises(UserError, match=r"name a .safetensors or .pt file"):
         bnkit("convert", "vgg11", *OPTIONS, "--to", "ghost", "--out", tmp_path / "program.pt2")
+
+
+@pytest.mark.parametrize("name", ["inplace", "where", "example", "forward", "model", "to", "tolerance"])
+def test_an_argument_of_convert_is_no_option_of_the_layers(bnkit: Callable, name: str):
+    with pytest.raises(UserError, match=f"--norm-option is for the new layers, got {name} of convert itself"):
+        bnkit("convert", "vgg11", *OPTIONS, "--norm-option", f"{name}=True")
+
+
+@pytest.mark.parametrize("value", ["[1]", "abc"])
+@pytest.mark.parametrize(
+    ("kind", "option"), [("ghost", "ghost_size"), ("sync", "timeout"), ("renorm", "r_max"), ("batch", "activation")]
+)
+def test_a_value_of_another_type_is_one_clear_error(bnkit: Callable, kind: str, option: str, value: str):
+    with pytest.raises(UserError) as caught:
+        bnkit("convert", "vgg11", *OPTIONS, "--to", kind, "--norm-option", f"{option}={value}")
+    words = str(caught.value)
+    assert option in words
+    assert value in words
+    assert "\n" not in words

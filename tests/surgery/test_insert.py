@@ -100,6 +100,23 @@ def test_a_norm_of_ones_own():
         insert(model, data, norm="bach")
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_norm_of_ones_own_gets_type_and_gradients_of_a_named_one(dtype):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)).to(dtype)
+    model[0].weight.requires_grad_(False)
+    data = batches(3, 5, 5, dtype=dtype)
+    own, named = (insert(model, data, norm=norm).model for norm in (nn.BatchNorm2d, "batch"))
+    for index in (0, 2):
+        assert type(own[index].bn) is nn.BatchNorm2d
+        for (name, found), (_, expected) in zip(
+            own[index].bn.named_parameters(), named[index].bn.named_parameters(), strict=True
+        ):
+            assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32), name
+            assert found.requires_grad == expected.requires_grad == (index == 2), name
+            assert torch.equal(found, expected), name
+    torch.testing.assert_close(own.eval()(data[0]), named.eval()(data[0]))
+
+
 def test_without_data_it_is_the_identity_and_warns():
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
     x = batches(3)[0]
@@ -111,6 +128,8 @@ def test_without_data_it_is_the_identity_and_warns():
         insert(model)
     with pytest.raises(UserError, match="at least one calibration batch"):
         insert(model, [])
+    with pytest.raises(UserError, match="must not be empty, but 0 got none: check the loader"):
+        insert(model, x[:0])
 
 
 @pytest.mark.parametrize("form", ["pairs", "dicts", "tensor", "generator", "forward"])
@@ -158,6 +177,102 @@ NORMED = {
     "norm behind a concatenation": (lambda m, x: m.batch(torch.cat([m.a(x)[:, :2], m.a(x)[:, 2:]], 1)), None),
     "norm behind a sum": (lambda m, x: m.batch(m.a(x) + x.mean()), "batch"),
 }
+
+
+ACTIVATIONS = [
+    nn.Threshold(0.1, 0), nn.ReLU(), nn.RReLU(), nn.Hardtanh(), nn.ReLU6(), nn.Sigmoid(), nn.Hardsigmoid(), nn.Tanh(),
+    nn.SiLU(), nn.Mish(), nn.Hardswish(), nn.ELU(), nn.CELU(), nn.SELU(), nn.GLU(1), nn.GELU(), nn.Hardshrink(),
+    nn.LeakyReLU(), nn.LogSigmoid(), nn.Softplus(), nn.Softshrink(), nn.PReLU(), nn.Softsign(), nn.Tanhshrink(),
+]  # fmt: skip
+SPATIAL = ["MaxPool", "AvgPool", "AdaptiveMaxPool", "AdaptiveAvgPool"]
+BETWEEN = {
+    **{type(layer).__name__: (2, layer) for layer in ACTIVATIONS},
+    **{f"{name}{dims}d": (dims, getattr(nn, f"{name}{dims}d")(2)) for name in SPATIAL for dims in (1, 2, 3)},
+    **{f"LPPool{dims}d": (dims, getattr(nn, f"LPPool{dims}d")(2.0, 2)) for dims in (1, 2, 3)},
+    "AvgPool2d with padding": (2, nn.AvgPool2d(3, padding=1)),
+    "FractionalMaxPool2d": (2, nn.FractionalMaxPool2d(2, output_size=2)),
+    "FractionalMaxPool3d": (3, nn.FractionalMaxPool3d(2, output_size=2)),
+}
+
+
+@pytest.mark.parametrize("case", BETWEEN)
+def test_a_norm_behind_an_activation_or_pooling_is_seen(case):
+    dims, between = BETWEEN[case]
+    convolution, norm = getattr(nn, f"Conv{dims}d"), getattr(nn, f"InstanceNorm{dims}d")
+    channels = 2 if isinstance(between, nn.GLU) else 4
+    model = nn.Sequential(convolution(3, 4, 1), between, norm(channels), convolution(channels, 2, 1)).double()
+    result = insert(model, batches(3, *[5] * dims))
+    assert result.changed == {}
+    assert result.skipped["0"] == "2 already normalizes it"
+
+
+FUNCTIONS = {
+    "in place": lambda y: F.hardtanh_(y),
+    "of torch": lambda y: torch.selu(y),
+    "dropout": lambda y: F.alpha_dropout(F.dropout3d(F.feature_alpha_dropout(y))),
+    "indices too": lambda y: F.max_pool2d(y, 2, return_indices=True)[0],
+}
+
+
+@pytest.mark.parametrize("case", FUNCTIONS)
+def test_a_norm_behind_functions_is_seen(case):
+    result = insert(Net(lambda m, x: m.batch(FUNCTIONS[case](m.a(x)))), batches(3, 6, 6))
+    assert result.skipped["a"] == "batch already normalizes it"
+
+
+@pytest.mark.parametrize("with_data", [True, False])
+def test_a_layer_that_returns_a_tuple_is_left_alone(with_data):
+    class Pair(nn.Conv2d):
+        def forward(self, x: Tensor) -> tuple[Tensor, None]:
+            return super().forward(x), None
+
+    class Unpacking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pair, self.plain, self.last = Pair(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.plain(self.pair(x)[0].relu()).relu())
+
+    model, x = Unpacking().double(), batches(3, 5, 5)[0]
+    with warnings.catch_warnings(record=True):
+        result = insert(model, [x] if with_data else None, example=x)
+    assert result.skipped["pair"] == "its output is not a tensor"
+    assert set(result.changed) == {"plain"}
+    assert_same(result.model, model, x)
+
+
+def test_a_model_that_writes_to_its_input():
+    model = Net(lambda m, x: m.b(m.a(x.mul_(2)).relu()))
+    data = batches(3, 5, 5)
+    before = [x.clone() for x in data]
+    result = insert(model, data)
+    assert set(result.changed) == {"a", "b"}
+    assert all(torch.equal(x, old) for x, old in zip(data, before, strict=True))
+    torch.testing.assert_close(result.model.a.bn.bias, model.a(2 * torch.cat(before)).mean((0, 2, 3)))
+
+
+@pytest.mark.parametrize("source", ["list", "shuffled loader", "norm that draws"])
+def test_random_numbers_of_the_model_are_the_same_and_go_on_as_before(source):
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(F.dropout(self.a(x).relu(), 0.3))  # which drops in eval mode too
+
+    def drawing(channels: int) -> nn.Module:
+        torch.rand(3)
+        return nn.BatchNorm2d(channels)
+
+    model, tensors = Noisy().double().eval(), batches(3, 5, 5)
+    data = torch.utils.data.DataLoader(torch.cat(tensors), 4, shuffle=True) if "loader" in source else tensors
+    state = torch.get_rng_state()
+    result = insert(model, data, norm=drawing if "draws" in source else "batch")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert result.max_error < 1e-12
+    assert set(result.changed) == {"a"}
 
 
 @pytest.mark.parametrize("case", NORMED)
@@ -267,6 +382,34 @@ def test_training_and_optimizer():
     new.train()(data[0]).square().sum().backward()
     assert new[0].bn.weight.grad is not None
     assert float(new[0].bn.num_batches_tracked) == 1
+
+
+def test_rebind_leaves_the_norms_of_a_backbone_out_of_an_optimizer_of_the_head():
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Flatten(), nn.Linear(36, 5), nn.Linear(5, 2)
+    )
+    data = batches(3, 5, 5, dtype=torch.float32)
+    body = torch.optim.SGD([{"params": model[2].parameters()}, {"params": model[6].parameters()}], lr=0.1)
+    head = torch.optim.SGD(model[6].parameters(), lr=0.1)
+    result = insert(model, data)
+    new = result.model
+    assert set(result.changed) == {"0", "2", "5"}
+    assert result.rebind(head).param_groups[0]["params"] == [*new[6].parameters()]
+    first, second = (group["params"] for group in result.rebind(body).param_groups)
+    assert first == [new[2].weight, new[2].bn.weight, new[2].bn.bias]
+    assert second == [*new[6].parameters()]
+
+
+def test_rebind_finds_the_group_of_a_layer_whose_weight_another_holds_too():
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3), nn.ReLU())
+    model.append(nn.Linear(3, 2))
+    model[4].weight = model[0].weight
+    optimizer = torch.optim.SGD([{"params": [model[0].weight]}, {"params": model[6].parameters()}], lr=0.1)
+    result = insert(model, batches(3, dtype=torch.float32))
+    new = result.model
+    first, second = (group["params"] for group in result.rebind(optimizer).param_groups)
+    assert set(first) == {new[0].weight, *new[0].bn.parameters(), *new[4].bn.parameters()}
+    assert second == [*new[6].parameters()]
 
 
 def test_fused_sgd_goes_on_with_new_parameters():

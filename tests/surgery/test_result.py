@@ -50,6 +50,20 @@ def test_rebind_keeps_groups_and_state_of_survivors(inplace):
     assert not torch.equal(new[1].weight, before)
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_new_parameters_join_the_group_of_the_one_directly_ahead(known):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters() if known else model[2].parameters(), lr=0.1)
+    with Operation(model, inplace=False) as operation:
+        operation.swap(operation.model[1], nn.LayerNorm(4))
+    surgery = operation.result({"1": "to LayerNorm"}, {}, None)
+    new = surgery.model
+    expected = set(new.parameters()) if known else set(new[2].parameters())
+    for _ in range(2):  # the second time nothing is new
+        assert set(surgery.rebind(optimizer).param_groups[0]["params"]) == expected
+        assert len(optimizer.param_groups[0]["params"]) == len(expected)
+
+
 def test_rebind_refuses_another_models_optimizer():
     surgery = Operation(network(), inplace=False).result({}, {}, None)
     with pytest.raises(UserError, match="pass the optimizer made for that model"):
