@@ -18,8 +18,8 @@ _PREFIXES = ("module.", "_orig_mod.", "model.")
 _SHOWN = 5
 
 
-def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The `state_dict` in a file.
+def read_weights(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The `state_dict` in a file: tensors, and what modules keep as their extra state.
 
     Taken out of what training programs wrap around it (`{"state_dict": ...}`, `{"model": ...}` and the like).
 
@@ -35,9 +35,8 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     while isinstance(content, Mapping):
         # Beside the weights that a program wraps it may keep other tensors, such as its best accuracy.
         inner = next((content[name] for name in _WRAPPERS if isinstance(content.get(name), Mapping)), None)
-        tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
-        if inner is None and tensors:
-            return tensors
+        if inner is None and any(isinstance(value, Tensor) for value in content.values()):
+            return {name: value for name, value in content.items() if isinstance(value, Tensor) or _is_extra(name)}
         content = inner
     raise UserError(f"{path} holds no weights by name: save model.state_dict() and use that file.")
 
@@ -84,7 +83,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     other = [
         f"{name} {tuple(state[name].shape)} for {tuple(value.shape)}"
         for name, value in own.items()
-        if name in state and isinstance(value, Tensor) and state[name].shape != value.shape
+        if name in state and not _is_extra(name) and state[name].shape != value.shape
     ]
     found = [("lacks", missing), ("has besides", extra), ("has in another shape", other)]
     problems = "; ".join(f"{verb} {_some(names)}" for verb, names in found if names)
@@ -92,7 +91,12 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     model.load_state_dict(state, strict=False)
 
 
-def _without_prefix(state: dict[str, Tensor], own: Mapping[str, Any]) -> dict[str, Tensor]:
+def _is_extra(name: str) -> bool:
+    """Whether an entry comes from a module's `get_extra_state`, and may be anything."""
+    return name.rpartition(".")[2] == "_extra_state"
+
+
+def _without_prefix(state: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     changed = True
     while changed:
         changed = False

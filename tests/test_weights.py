@@ -127,3 +127,22 @@ def test_a_changed_byte_is_noticed(tmp_path: Path, part: float):
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"w\.pt is damaged, the checksum of .* differs: fetch or save it again"):
         read_weights(path)
+
+
+class Remembering(nn.Linear):
+    extra: object = None
+
+    def get_extra_state(self) -> object:
+        return self.extra
+
+    def set_extra_state(self, state: object) -> None:
+        self.extra = state
+
+
+def test_extra_state_that_is_no_tensor_comes_back(tmp_path: Path):
+    model, other = nn.Sequential(Remembering(2, 3)), nn.Sequential(Remembering(2, 3))
+    model[0].extra = {"steps": 7}
+    save_weights(model, tmp_path / "a.pt")
+    load_weights(other, tmp_path / "a.pt")
+    assert other[0].extra == {"steps": 7}
+    assert torch.equal(other[0].weight, model[0].weight)
