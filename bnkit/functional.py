@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import NoReturn
 
+import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
@@ -41,8 +43,8 @@ def batch_norm(
         Ioffe and Szegedy, "Batch Normalization", 2015, https://arxiv.org/abs/1502.03167, algorithms 1 and 2.
 
     Args:
-        x: (N, C) or (N, C, *), floating point, of any layout.
-        running_mean, running_var: (C,), both or neither; needed unless `training`.
+        x: (N, C) or (N, C, *), floating point, dense, with any strides.
+        running_mean, running_var: (C,), both or neither; needed unless `training`. No gradient flows to them.
         weight, bias: (C,); 1 and 0 if None.
         training: normalize with the batch's statistics, and update the running ones.
         momentum: weight of the new batch in the running statistics (PyTorch's convention).
@@ -63,8 +65,9 @@ def batch_norm(
         ValueError: one value a channel in training, eps out of range, unknown activation, only one of running_mean and
             running_var, x or residual of the wrong shape, `inplace` with a residual or with an activation that cannot
             be undone, one running statistic for many batches under `vmap`.
-        RuntimeError: running statistics missing in inference, or a per-channel argument of the wrong size.
-        NotImplementedError: x is not floating point.
+        RuntimeError: running statistics missing in inference, or asked for a gradient, or a per-channel argument of the
+            wrong shape.
+        NotImplementedError: x is not floating point, or not dense.
     """
     tensors = (x, running_mean, running_var, weight, bias, residual)
     if has_torch_function_variadic(*tensors):
@@ -103,23 +106,38 @@ def _check_tensors(
     residual: Tensor | None,
     training: bool,
 ) -> None:
-    if not x.is_floating_point():
-        raise NotImplementedError(f'"batch_norm" not implemented for {x.dtype}; convert the input, as with x.float().')
+    if not x.is_floating_point() or x.layout is not torch.strided:
+        _refuse_kind(x)
     if x.dim() < 2 and x.numel() > 0:
         raise UserError(
             f"expected input of shape (N, C) or (N, C, *), got {tuple(x.shape)}; add the missing dimension."
         )
     if running_mean is None or running_var is None:
         _check_absent(running_mean, running_var, training)
-    channels = x.shape[1] if x.dim() > 1 else 0
-    _check_size("running_mean", running_mean, channels)
-    _check_size("running_var", running_var, channels)
-    _check_size("weight", weight, channels)
-    _check_size("bias", bias, channels)
+    elif running_mean.requires_grad or running_var.requires_grad:
+        _check_constant(running_mean)
+    shape = (x.shape[1] if x.dim() > 1 else 0,)
+    for tensor in (running_mean, running_var, weight, bias):
+        if tensor is not None and tensor.shape != shape:
+            _refuse_shape(shape[0], running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
     if residual is not None and residual.shape != x.shape:
         raise UserError(
             f"residual must have the input's shape {tuple(x.shape)}, got {tuple(residual.shape)}; "
             "expand it first if it is meant to broadcast."
+        )
+
+
+def _refuse_kind(x: Tensor) -> NoReturn:
+    kind, remedy = (x.layout, "to_dense") if x.is_floating_point() else (x.dtype, "float")
+    raise NotImplementedError(f'"batch_norm" not implemented for {kind}; convert the input, as with x.{remedy}().')
+
+
+def _check_constant(running_mean: Tensor) -> None:
+    if torch.is_grad_enabled():
+        name = "running_mean" if running_mean.requires_grad else "running_var"
+        raise RuntimeError(
+            f"batch_norm is not differentiable with respect to argument '{name}', got one with requires_grad=True: "
+            f"pass {name}.detach()."
         )
 
 
@@ -131,12 +149,16 @@ def _check_absent(running_mean: Tensor | None, running_var: Tensor | None, train
         raise RuntimeError(f"{name} must be defined in evaluation mode, got None: pass it, or training=True.")
 
 
-def _check_size(name: str, tensor: Tensor | None, channels: int) -> None:
-    if tensor is not None and tensor.numel() != channels:
+def _refuse_shape(channels: int, **tensors: Tensor | None) -> NoReturn:
+    name, tensor = next((n, t) for n, t in tensors.items() if t is not None and t.shape != (channels,))
+    if tensor.numel() == channels:
         raise RuntimeError(
-            f"{name} should contain {channels} elements not {tensor.numel()}, one for each channel (dimension 1) of "
-            f"the input: make it of {channels} channels, or move the input's channels to dimension 1."
+            f"{name} should be of shape ({channels},), got {tuple(tensor.shape)}: pass {name}.flatten()."
         )
+    raise RuntimeError(
+        f"{name} should contain {channels} elements not {tensor.numel()}, one for each channel (dimension 1) of the "
+        f"input: make it of {channels} channels, or move the input's channels to dimension 1."
+    )
 
 
 def _check_values(x: Tensor, training: bool, eps: float, activation: str | None) -> None:

@@ -1,4 +1,7 @@
-"""Derivatives of a batch norm served by a backend: the first ones are the backend's own, the second the reference's."""
+"""Derivatives of a batch norm served by a backend.
+
+The first ones are the backend's own; the second, and those of a batched or dual cotangent, the reference's.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from torch import Tensor
 
 from . import reference
 from ._backend import Backend, Gradients
+from ._transforms import is_stored, transforms_active
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -29,7 +33,7 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         needs = ctx.needs_input_grad[:4]
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or transforms_active() or not is_stored(dy):
             return *_differentiable_gradients(ctx, dy, needs), None
         x, mean, invstd, weight, bias, residual = ctx.saved_tensors
         backend, _, _, training, _, _, activation = ctx.call
@@ -60,19 +64,35 @@ def differentiable(
 
 
 def _differentiable_gradients(ctx: Any, dy: Tensor, needs: tuple[bool, bool, bool, bool]) -> Gradients:
-    """The gradients as functions of dy and of the inputs that autograd can follow: those of the reference."""
-    x, mean, invstd, *others = ctx.saved_tensors
+    """The gradients as functions of dy and of the inputs that autograd and transforms can follow: the reference's."""
+    x, mean, invstd, weight, bias, residual = ctx.saved_tensors
     _, _, _, training, _, eps, activation = ctx.call
-    # Views, so that an input computed from another (a weight made from x, say) counts as an input of its own.
-    x = x.view_as(x)
-    weight, bias, residual = (None if t is None else t.view_as(t) for t in others)
-    if training:
-        y = reference.batch_norm(x, None, None, weight, bias, True, 0.0, eps, activation, residual)
-    else:
-        y = reference.normalize(x, mean, invstd, weight, bias, activation, residual)
-    inputs = enumerate((x, residual, weight, bias))
-    wanted = {i: tensor for i, tensor in inputs if needs[i] and tensor is not None}
-    found = dict(zip(wanted, torch.autograd.grad(y, tuple(wanted.values()), dy, create_graph=True), strict=True))
-    if needs[1] and residual is None:
-        found[1] = dy
-    return found.get(0), found.get(1), found.get(2), found.get(3)
+    saved = {"x": x, "residual": residual, "weight": weight, "bias": bias}
+
+    def forward(inputs: dict[str, Tensor]) -> Tensor:
+        x, residual, weight, bias = (saved | inputs).values()
+        if training:
+            return reference.batch_norm(x, None, None, weight, bias, True, 0.0, eps, activation, residual)
+        return reference.normalize(x, mean, invstd, weight, bias, activation, residual)
+
+    named = zip(saved.items(), needs, strict=True)
+    inputs = {name: tensor for (name, tensor), needed in named if needed and tensor is not None}
+    found = _gradients(forward, inputs, dy) if inputs else {}
+    dresidual = dy if needs[1] and residual is None else found.get("residual")
+    return found.get("x"), dresidual, found.get("weight"), found.get("bias")
+
+
+def _gradients(
+    forward: Callable[[dict[str, Tensor]], Tensor], inputs: dict[str, Tensor], dy: Tensor
+) -> dict[str, Tensor]:
+    """Those of `forward(inputs)`, by name."""
+    if torch._C._are_functorch_transforms_active():  # where autograd.grad sees no input from outside
+        return torch.func.vjp(forward, inputs)[1](dy)[0]
+    # Not everywhere, since that refuses hooks on saved tensors, as activation checkpointing has them.
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views, so that an input computed from another (a weight made from x, say) counts as an input of its own.
+        inputs = {name: tensor.view_as(tensor) for name, tensor in inputs.items()}
+        y = forward(inputs)
+    found = torch.autograd.grad(y, tuple(inputs.values()), dy, create_graph=create_graph)
+    return dict(zip(inputs, found, strict=True))

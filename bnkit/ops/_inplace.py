@@ -21,6 +21,7 @@ from torch import Tensor
 from .._checks import UserError
 from . import reference
 from ._backend import COMPOSED, Backend, Gradients
+from ._transforms import is_stored, transforms_active
 
 _SLOPE = 0.01
 _aten = torch.ops.aten
@@ -85,7 +86,8 @@ class _InplaceBatchNorm(torch.autograd.Function):
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         zero = torch.zeros(y.shape[1], dtype=torch.float64, device=y.device)
         arguments = (g, centred, zero, invstd, weight, bias, ctx.training, None, None)
-        dx, _, dweight, dbias = ctx.backend.backward(*arguments, (needs_x, False, needs_weight, needs_bias))
+        backend = _Formulas if transforms_active() or not is_stored(g) else ctx.backend
+        dx, _, dweight, dbias = backend.backward(*arguments, (needs_x, False, needs_weight, needs_bias))
         return dx, dweight, dbias, None
 
 
@@ -99,7 +101,7 @@ def _centred(z: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | No
 
 
 class _Formulas:
-    """In place of a backend where there is none."""
+    """In place of a backend where there is none, or none that takes the cotangent."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""What `torch.func` transforms cannot do with running statistics."""
+"""Tensors whose memory does not hold their value, and what `torch.func` transforms cannot do with statistics."""
 
 from __future__ import annotations
 
@@ -6,8 +6,37 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .._checks import UserError
+
+
+def transforms_active() -> bool:
+    """Whether tensors may stand for something else: a batch under `vmap`, a dual number."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def are_transformed(tensors: Sequence[object]) -> bool:
+    """Whether a transform that is active has made one of the tensors what it is.
+
+    All of them may be as they were outside: so they are where activation checkpointing repeats a forward pass, in the
+    backward pass of a batch of cotangents.
+    """
+    is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # pyright: ignore[reportAttributeAccessIssue]
+    return any(isinstance(t, Tensor) and (is_wrapped(t) or _is_dual(t)) for t in tensors)
+
+
+def _is_dual(tensor: Tensor) -> bool:
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def is_stored(tensor: Tensor) -> bool:
+    """Whether a tensor's memory holds its value, where no transform is active.
+
+    Not that of a batch in `autograd.grad(is_grads_batched=True)`, whose `vmap` is not `torch.func`'s, nor of a negated
+    view (`z.conj().imag`), nor of forward mode's zeros.
+    """
+    return torch._C._has_storage(tensor) and not tensor.is_neg() and not tensor._is_zerotensor()
 
 
 def check_vmap(inputs: Sequence[Tensor | None], statistics: Sequence[Tensor | None], training: bool) -> None:

@@ -24,6 +24,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ._transforms import is_stored
+
 _FILE = "_bnkit_cpu.so"
 _NO_MEMORY = "no memory for the partial sums of a batch norm"
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
@@ -56,7 +58,9 @@ def supports(x: Tensor, parameters: Sequence[Tensor | None], residual: Tensor | 
         x.is_cpu
         and x.dtype in _DTYPES
         and x.layout is torch.strided
-        and (residual is None or (residual.is_cpu and residual.dtype is x.dtype and residual.layout is torch.strided))
+        and is_stored(x)
+        and (residual is None or (residual.is_cpu and residual.dtype is x.dtype))
+        and (residual is None or (residual.layout is torch.strided and is_stored(residual)))
         and _library() is not None
         and _on_cpu(parameters)
     )
@@ -64,7 +68,7 @@ def supports(x: Tensor, parameters: Sequence[Tensor | None], residual: Tensor | 
 
 def _on_cpu(parameters: Sequence[Tensor | None]) -> bool:
     for parameter in parameters:  # noqa: SIM110 (a generator takes thrice the time)
-        if parameter is not None and not parameter.is_cpu:
+        if parameter is not None and (not parameter.is_cpu or parameter.is_neg()):
             return False
     return True
 

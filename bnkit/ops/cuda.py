@@ -15,6 +15,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from ._transforms import is_stored
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CAPABILITY = (8, 0)
 """The oldest devices that Triton serves."""
@@ -31,9 +33,10 @@ def supports(x: Tensor, parameters: Sequence[Tensor | None], residual: Tensor | 
         x.is_cuda
         and x.dtype in _DTYPES
         and x.layout is torch.strided
+        and is_stored(x)
         and (residual is None or (residual.device == x.device and residual.dtype is x.dtype))
-        and (residual is None or residual.layout is torch.strided)
-        and all(p is None or (p.device == x.device and p.is_contiguous()) for p in parameters)
+        and (residual is None or (residual.layout is torch.strided and is_stored(residual)))
+        and all(p is None or (p.device == x.device and p.is_contiguous() and not p.is_neg()) for p in parameters)
         and _capable(x.get_device())
     )
 

@@ -14,21 +14,23 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from ..moments import statistics_dtype
 from . import _inplace, cpu, cuda, reference
 from ._autograd import differentiable
 from ._backend import COMPOSED, Backend
-from ._transforms import check_vmap
+from ._transforms import are_transformed, check_vmap, transforms_active
 
 __all__ = [
     "BACKENDS",
     "PLAIN",
     "Backend",
     "batch_norm",
+    "by_reference",
     "count_version",
     "first_to_support",
+    "only_reference",
     "serve",
     "through_own_statistics",
 ]
@@ -53,11 +55,17 @@ def batch_norm(
     inplace: bool = False,
 ) -> Tensor:
     """`functional.batch_norm` of arguments already validated."""
-    if _only_reference():
-        check_vmap((x, residual, weight, bias), (running_mean, running_var), training)
-        return reference.batch_norm(
-            x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual
-        )
+    if only_reference():
+        tensors = (x, running_mean, running_var, weight, bias, residual, momentum)
+        if is_recorded() or are_transformed(tensors):
+            return by_reference(
+                x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual
+            )
+        if torch._C._are_functorch_transforms_active():
+            with temporarily_clear_interpreter_stack():
+                return batch_norm(
+                    x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual, inplace
+                )
     if isinstance(momentum, Tensor):  # backends take a number, for which the host would wait
 
         def normalize(mean: Tensor | None, var: Tensor | None) -> Tensor:
@@ -79,6 +87,25 @@ def batch_norm(
     if backend is not None:
         count_version(training, running_mean, running_var)
     return y
+
+
+def by_reference(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | Tensor,
+    eps: float,
+    activation: str | None,
+    residual: Tensor | None,
+) -> Tensor:
+    """Within transforms."""
+    check_vmap((x, residual, weight, bias), (running_mean, running_var), training)
+    return reference.batch_norm(
+        x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual
+    )
 
 
 def first_to_support(x: Tensor, parameters: Sequence[Tensor | None], residual: Tensor | None) -> Backend | None:
@@ -129,16 +156,14 @@ def count_version(training: bool, running_mean: Tensor | None, running_var: Tens
         torch._C._increment_version((running_mean, running_var))
 
 
-def _only_reference() -> bool:
-    """Whether tensors stand for something else (a batch under `vmap`, a dual number), or calls are recorded for use
-    without this package.
-    """
-    return (
-        torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch._C._get_tracing_state() is not None
-        or torch.compiler.is_exporting()
-    )
+def only_reference() -> bool:
+    """Whether only the reference can serve tensors that stand for something else, as some may, and calls recorded."""
+    return transforms_active() or is_recorded()
+
+
+def is_recorded() -> bool:
+    """Whether calls are recorded for use without this package."""
+    return torch._C._get_tracing_state() is not None or torch.compiler.is_exporting()
 
 
 def through_own_statistics(

@@ -45,6 +45,10 @@ def _batch_norm(
     activation: str | None,
     residual: Tensor | None,
 ) -> Tensor:
+    if dispatch.only_reference():
+        return dispatch.by_reference(
+            x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual
+        )
     tensors = (x, running_mean, running_var, weight, bias, residual)
     plain = {type(t) for t in tensors} <= _PLAIN
     backend = dispatch.first_to_support(x, tensors[1:5], residual) if plain else None
@@ -121,6 +125,7 @@ def _fake_backward(
 
 
 _library.impl("batch_norm", _batch_norm, "CompositeImplicitAutograd")
+_library.impl("batch_norm", _batch_norm, "FuncTorchBatchedDecomposition")
 _library.impl("batch_norm_forward", _batch_norm_forward, "CompositeExplicitAutograd")
 _library.impl("batch_norm_backward", _batch_norm_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("bnkit::batch_norm_forward", _fake_forward, lib=_library)
