@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._checks import require
+from ..moments import statistics_dtype
 from ._recurrent import RecurrentBatchNorm
 
 State = tuple[Tensor, Tensor]
@@ -45,8 +46,8 @@ class BNLSTMLayer(nn.Module):
     def reset_parameters(self) -> None:
         """Orthogonal weights, gate by gate, and norms as after construction."""
         for weight in (self.weight_ih, self.weight_hh):
-            for gate in weight.detach().chunk(4):
-                nn.init.orthogonal_(gate)
+            for gate in weight.detach().chunk(4):  # whose QR decomposition has no type of 16 bits
+                gate.copy_(nn.init.orthogonal_(torch.empty_like(gate, dtype=statistics_dtype(gate.dtype))))
         for norm in (self.norm_ih, self.norm_hh, self.norm_c):
             norm.reset_parameters()
 
@@ -102,7 +103,8 @@ class BNLSTM(nn.Module):
         initial_noise: standard deviation of h_0 in training where none is given; 0 starts from 0.
 
     Raises:
-        ValueError: sizes out of range, a `PackedSequence`, an input of the wrong shape, or one sample in training.
+        ValueError: sizes out of range, a `PackedSequence`, an input or state of the wrong shape, or one sample in
+            training.
     """
 
     def __init__(
@@ -150,7 +152,7 @@ class BNLSTM(nn.Module):
             The last layer's hidden states of all steps, in the layout of the input with `directions · hidden_size`
             features, and the last hidden and cell states of every layer, in the layout of `hx`.
         """
-        self._check(input)
+        self._check(input, hx)
         if input.dim() == 2:
             batched = None if hx is None else (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
             output, (h, c) = self._run(input.unsqueeze(0), batched)
@@ -158,7 +160,7 @@ class BNLSTM(nn.Module):
         output, state = self._run(input if self.batch_first else input.transpose(0, 1), hx)
         return (output if self.batch_first else output.transpose(0, 1)), state
 
-    def _check(self, input: Tensor) -> None:
+    def _check(self, input: Tensor, hx: State | None) -> None:
         require(
             isinstance(input, Tensor),
             f"BNLSTM takes a tensor, got {type(input).__name__}: batch sequences of equal length.",
@@ -168,6 +170,14 @@ class BNLSTM(nn.Module):
             f"expected a sequence (T, {self.input_size}) or a batch of them, 3-dimensional, "
             f"got {tuple(input.shape)}: reshape it.",
         )
+        if hx is not None:
+            samples = () if input.dim() == 2 else (input.shape[0 if self.batch_first else 1],)
+            wanted = (len(self.layers), *samples, self.hidden_size)
+            require(
+                len(hx) == 2 and all(isinstance(state, Tensor) and state.shape == wanted for state in hx),
+                f"hx must be a hidden and a cell state of shape {wanted}, (num_layers · directions, N, hidden_size), "
+                f"got {[tuple(getattr(state, 'shape', ())) for state in hx]}: make them so, or leave hx out.",
+            )
 
     def _run(self, x: Tensor, hx: State | None) -> tuple[Tensor, State]:
         """(N, T, ·) through all layers."""

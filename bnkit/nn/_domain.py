@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .._checks import UserError, require
 from ._any_dimension import AnyDimension, Options
+from ._batch_norm import _stored
 
 _STATISTICS = {"running_mean": "running_means", "running_var": "running_vars", "num_batches_tracked": "batches_tracked"}
 
@@ -72,43 +73,50 @@ class DomainBatchNorm(AnyDimension):
         )
         super().__init__(num_features, eps, momentum, affine and shared_affine, False, device, dtype, **options)
         # The properties below take the place of these; torch.export miscounts buffers that are None.
-        for name in (*_STATISTICS, *(() if shared_affine else ("weight", "bias"))):
-            del (self._buffers if name in self._buffers else self._parameters)[name]
+        for name in _STATISTICS:
+            del self._buffers[name]
         self.affine = affine
         self.track_running_stats = track_running_stats
         self.domains = names
         self.shared_affine = shared_affine
         self._index = 0
         with torch.device(device) if device is not None else contextlib.nullcontext():
-            if affine and not shared_affine:
-                self._register_affine(options.get("bias", True), dtype)
+            if not shared_affine:
+                self._register_affine({"weight": affine, "bias": affine and options.get("bias", True)}, dtype)
             if track_running_stats:
                 self._register_statistics(dtype)
         self.reset_parameters()
 
-    def _register_affine(self, bias: bool, dtype: torch.dtype | None) -> None:
+    def _register_affine(self, learned: dict[str, bool], dtype: torch.dtype | None) -> None:
+        for name in learned:
+            del self._parameters[name]
         for index in range(len(self.domains)):
-            self.register_parameter(f"weight_{index}", nn.Parameter(torch.empty(self.num_features, dtype=dtype)))
-            if bias:
-                self.register_parameter(f"bias_{index}", nn.Parameter(torch.empty(self.num_features, dtype=dtype)))
+            for name, exists in learned.items():
+                values = nn.Parameter(torch.empty(self.num_features, dtype=dtype)) if exists else None
+                self.register_parameter(f"{name}_{index}", values)
 
     def _register_statistics(self, dtype: torch.dtype | None) -> None:
         for name in ("running_means", "running_vars"):
             self.register_buffer(name, torch.empty(len(self.domains), self.num_features, dtype=dtype))
         self.register_buffer("batches_tracked", torch.zeros(len(self.domains), dtype=torch.long))
 
-    # While the constructors of the base classes run, these raise AttributeError, and Python asks
-    # `nn.Module.__getattr__` for the parameters and buffers that they register.
+    # `weight` and `bias` are no properties, which would be in the way of what takes the place of common ones:
+    # parametrizations, pruning, the replicas of `torch.nn.DataParallel`.
 
-    @property
-    def weight(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """That of the current domain, (C,)."""
-        return self._parameters.get("weight" if self.shared_affine else f"weight_{self._index}")
+    def _of_domain(self, name: str) -> str:
+        own = name in ("weight", "bias") and not self.__dict__.get("shared_affine", True)
+        return f"{name}_{self._index}" if own else name
 
-    @property
-    def bias(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """That of the current domain, (C,)."""
-        return self._parameters.get("bias" if self.shared_affine else f"bias_{self._index}")
+    def __getattr__(self, name: str) -> Any:
+        """Called for what Python does not find, so for `weight` and `bias` of the current domain, (C,)."""
+        found = self._of_domain(name)
+        return super().__getattr__(name) if found == name else _stored(self, found)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(self._of_domain(name), value)
+
+    # While the constructors of the base classes run, these raise AttributeError, and Python asks `__getattr__` for the
+    # buffers that they register.
 
     @property
     def running_mean(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -126,7 +134,7 @@ class DomainBatchNorm(AnyDimension):
         return self._statistic("batches_tracked")
 
     def _statistic(self, name: str) -> Tensor | None:
-        index, statistics = self._index, self._buffers.get(name)
+        index, statistics = self._index, getattr(self, name, None)
         return None if statistics is None else statistics[index]
 
     @property
@@ -185,16 +193,18 @@ class DomainBatchNorm(AnyDimension):
         )
 
     def _expand_plain(self, state_dict: dict[str, Any], prefix: str) -> None:
-        """Turn the entries of a plain batch norm into those of each domain."""
-        if prefix + "running_mean" in state_dict and self.track_running_stats:
-            state_dict.setdefault(prefix + "num_batches_tracked", torch.tensor(0))
-            for plain, name in _STATISTICS.items():
-                value = state_dict.pop(prefix + plain)
-                state_dict[prefix + name] = value.expand(len(self.domains), *value.shape)
+        """Turn the entries of a plain batch norm into those of each domain, which share no memory."""
+        mean = state_dict.get(prefix + "running_mean")
+        if mean is not None and self.track_running_stats:
+            state_dict.setdefault(prefix + "num_batches_tracked", torch.tensor(0, device=mean.device))
+        for plain, name in _STATISTICS.items():
+            if self.track_running_stats and prefix + plain in state_dict:
+                value = state_dict.pop(prefix + plain).detach()
+                state_dict[prefix + name] = value.expand(len(self.domains), *value.shape).clone()
         for name in ("weight", "bias"):
             if not self.shared_affine and prefix + name in state_dict:
-                value = state_dict.pop(prefix + name)
-                state_dict |= {f"{prefix}{name}_{index}": value for index in range(len(self.domains))}
+                value = state_dict.pop(prefix + name).detach()
+                state_dict |= {f"{prefix}{name}_{index}": value.clone() for index in range(len(self.domains))}
 
     def extra_repr(self) -> str:
         """torch.nn's, and the options that differ from it."""

@@ -64,8 +64,11 @@ class _Frozen(BatchNorm):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        mean, count = state_dict.get(prefix + "running_mean"), self.num_batches_tracked
+        if isinstance(mean, Tensor) and isinstance(count, Tensor):  # `assign=True` takes the place of the layer's own
+            count = torch.zeros_like(count, device=mean.device) if count.is_meta else count.to(mean.device)
         # torchvision's and detectron2's frozen layers keep no count.
-        state_dict.setdefault(prefix + "num_batches_tracked", self.num_batches_tracked)
+        state_dict.setdefault(prefix + "num_batches_tracked", count)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

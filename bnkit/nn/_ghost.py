@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral
 from typing import Unpack
 
 import torch
@@ -46,8 +47,8 @@ class GhostBatchNorm(AnyDimension):
             the running statistics.
 
     Raises:
-        ValueError: `inplace=True`, `ghost_size` below 1, ghosts of one value a channel in training, or what
-            `bnkit.functional.batch_norm` raises it for.
+        ValueError: `inplace=True`, a `ghost_size` that is no integer or below 1, ghosts of one value a channel in
+            training, or what `bnkit.functional.batch_norm` raises it for.
     """
 
     can_be_inplace = False
@@ -66,7 +67,8 @@ class GhostBatchNorm(AnyDimension):
         **options: Unpack[Options],
     ) -> None:
         require(
-            ghost_size >= 1, f"ghost_size must be at least 1, got {ghost_size}: the paper's is 128, the default 32."
+            isinstance(ghost_size, Integral) and ghost_size >= 1,
+            f"ghost_size must be an integer of at least 1, got {ghost_size!r}: the paper's is 128, the default 32.",
         )
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **options)
         self.ghost_size = ghost_size
@@ -80,17 +82,19 @@ class GhostBatchNorm(AnyDimension):
         training: bool,
         momentum: float | Tensor,
     ) -> Tensor:
-        ghosts, rest = self._partition(input) if training and input.dim() > 1 else (0, 0)
+        fits = residual is None or residual.shape == input.shape  # if not, the base class refuses it
+        splits = training and input.dim() > 1 and input.numel() > 0 and fits
+        ghosts, rest = self._partition(input) if splits else (0, 0)
         if ghosts + (rest > 0) < 2:
             return super()._normalize(input, residual, mean, var, training, momentum)
         whole = input.shape[0] - rest
-        parts = [self._ghosts(input[:whole], None if residual is None else residual[:whole], ghosts)]
+        parts = [self._ghosts(input[:whole], None if residual is None else residual[:whole], ghosts, mean)]
         if rest:
-            parts.append(self._ghosts(input[whole:], None if residual is None else residual[whole:], 1))
-        outputs, means, variances = zip(*parts, strict=True)
-        if mean is not None and var is not None:
-            self._update(mean, torch.cat(means), momentum)
-            self._update(var, torch.cat(variances), momentum)
+            parts.append(self._ghosts(input[whole:], None if residual is None else residual[whole:], 1, mean))
+        outputs, statistics = zip(*parts, strict=True)
+        for index, running in enumerate((mean, var)):
+            if running is not None:
+                self._update(running, torch.cat([own[index] for own in statistics]), momentum)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _partition(self, input: Tensor) -> tuple[int, int]:
@@ -106,24 +110,27 @@ class GhostBatchNorm(AnyDimension):
             return ghosts - 1, self.ghost_size + 1
         return ghosts, rest
 
-    def _ghosts(self, input: Tensor, residual: Tensor | None, ghosts: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The output of `ghosts` ghosts of equal size; their means and unbiased variances, (ghosts, C)."""
-        folded = _fold(input, ghosts)
-        options = {"dtype": statistics_dtype(input.dtype), "device": input.device}
-        means, variances = (torch.zeros(folded.shape[1], **options) for _ in range(2))
+    def _ghosts(
+        self, input: Tensor, residual: Tensor | None, ghosts: int, running: Tensor | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The output of `ghosts` ghosts of equal size; their means and unbiased variances, (ghosts, C), if tracked."""
+        folded, dtype = _fold(input, ghosts), statistics_dtype(input.dtype)
+        # Made from the running ones: mapped over by `vmap` where those are, and refused where those would be.
+        statistics = [] if running is None else [running.new_zeros(folded.shape[1], dtype=dtype) for _ in range(2)]
+        mean, var = statistics or (None, None)
         y = functional.batch_norm(
             folded,
-            means,
-            variances,
+            mean,
+            var,
             None if self.weight is None else self.weight.repeat(ghosts),
             None if self.bias is None else self.bias.repeat(ghosts),
             True,
-            1.0,  # leaves the statistics of the ghosts in `means` and `variances`
+            1.0,  # leaves the statistics of the ghosts in `mean` and `var`
             self.eps,
             activation=self.activation,
             residual=None if residual is None else _fold(residual, ghosts),
         )
-        return _unfold(y, ghosts), means.view(ghosts, -1), variances.view(ghosts, -1)
+        return _unfold(y, ghosts), [values.view(ghosts, -1) for values in statistics]
 
     @torch.no_grad()
     def _update(self, running: Tensor, ghosts: Tensor, momentum: float | Tensor) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._checks import UserError
 from ..moments import statistics_dtype
-from ..ops import reference
+from ..ops import dispatch, reference
 from ._any_dimension import AnyDimension
 from ._batch_norm import is_recomputation, undone_if_nonfinite
 
@@ -79,6 +79,8 @@ class MaskedBatchNorm(AnyDimension):
         count, mean, mean_error, m2 = _masked_moments(wide, mask)
         var = m2 / count.clamp(min=1)
         if self.training and self.track_running_stats and not is_recomputation():
+            inputs = (input, mask, residual, self.weight, self.bias)
+            dispatch.check_vmap(inputs, (self.running_mean, self.running_var), True)
             self._track(count, mean, m2)
         invstd = torch.where(count > 1, torch.rsqrt(var + self.eps), 0)
         return reference.normalize(

@@ -100,11 +100,16 @@ class RecurrentBatchNorm(AnyDimension):
             f"expected a sequence of shape (N, T, {self.num_features}) without a step, got {tuple(input.shape)}: "
             "pass step= for a single step.",
         )
+        require(
+            residual is None or residual.shape == input.shape,
+            f"residual must have the input's shape {tuple(input.shape)}, "
+            f"got {None if residual is None else tuple(residual.shape)}; expand or transpose it first.",
+        )
         return self._normalize_sequence(input, residual)
 
     def _normalize_sequence(self, input: Tensor, residual: Tensor | None) -> Tensor:
         length = input.shape[1]
-        if self.training and (self.momentum is None or length > self.max_length):
+        if self.training and length and (self.momentum is None or length > self.max_length):
             steps = enumerate(
                 zip(input.unbind(1), [None] * length if residual is None else residual.unbind(1), strict=True)
             )

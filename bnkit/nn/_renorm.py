@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
 from collections.abc import Callable
-from typing import Unpack
+from typing import Any, Unpack
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.utils.checkpoint import CheckpointPolicy
 
 from .. import functional
 from .._checks import require
 from ..moments import Moments, statistics_dtype
 from ._any_dimension import AnyDimension, Options
+from ._batch_norm import is_recomputation
 
 Schedule = float | tuple[int, int, float] | Callable[[Tensor], Tensor | float]
 """A bound: a number, a ramp (first step, last step, final value), or a function of the count of batches (a tensor)."""
 
-_REMEMBERED = 8
-"""How many forward passes before a backward pass activation checkpointing may recompute."""
+_REMEMBERED = 64
+"""How many passes through a layer activation checkpointing may repeat, of each region that it checkpoints."""
 
 
 class BatchRenorm(AnyDimension):
@@ -36,6 +43,11 @@ class BatchRenorm(AnyDimension):
     as all batch norms in PyTorch do, so that its `state_dict` is theirs. The square root of a mean is not the mean of
     square roots: with batches of two the running σ is larger here, and is a better estimate of the population's.
 
+    Activation checkpointing repeats a pass when the statistics have moved on, so the layer remembers r and d, by the
+    batch's own statistics: of the last 64 passes of each checkpointed region until its backward pass is over, with
+    `use_reentrant=True` of the last 64 in all. Refused are a pass that is not among them, or not repeated to the bit,
+    and one of several with the same batch before one `backward()`. Compile around the checkpoint, not inside of it.
+
     References:
         Ioffe, "Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized Models", 2017,
         https://arxiv.org/abs/1702.03275, algorithm 1 and section 4.
@@ -52,8 +64,8 @@ class BatchRenorm(AnyDimension):
         bias, activation, skip_nonfinite, inplace: as in `BatchNorm2d`.
 
     Raises:
-        ValueError: `track_running_stats=False`, a bound out of range, or what `bnkit.functional.batch_norm` raises it
-            for.
+        ValueError: `track_running_stats=False`, a bound out of range, a checkpointed pass that cannot be told from the
+            others, or what `bnkit.functional.batch_norm` raises it for.
     """
 
     def __init__(
@@ -80,7 +92,7 @@ class BatchRenorm(AnyDimension):
         super().__init__(num_features, eps, momentum, affine, True, device, dtype, **options)
         self.r_max = r_max
         self.d_max = d_max
-        self._corrections: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=_REMEMBERED)
+        self._passes = _Passes()
 
     def _normalize(
         self,
@@ -93,10 +105,10 @@ class BatchRenorm(AnyDimension):
     ) -> Tensor:
         if not training or input.numel() == 0 or input.dim() < 2:
             return super()._normalize(input, residual, mean, var, training, momentum)
-        r, d = self._correction(input, recomputing=mean is None)
-        weight = r if self.weight is None else self.weight * r
-        bias = d if self.weight is None else self.weight * d
-        return functional.batch_norm(
+        one = self._pass_of(input)
+        weight = one.r if self.weight is None else self.weight * one.r
+        bias = one.d if self.weight is None else self.weight * one.d
+        y = functional.batch_norm(
             input,
             mean,
             var,
@@ -109,18 +121,19 @@ class BatchRenorm(AnyDimension):
             residual=residual,
             inplace=self.inplace,
         )
+        if not torch.compiler.is_compiling():
+            self._passes.remember(one, in_graph=y.requires_grad)
+        return y
 
     @torch.no_grad()
-    def _correction(self, input: Tensor, *, recomputing: bool) -> tuple[Tensor, Tensor]:
+    def _pass_of(self, input: Tensor) -> _Pass:
         batch = Moments.of(input, (0, *range(2, input.dim())))
-        if recomputing:
-            for mean, r, d in reversed(self._corrections):
-                if torch.equal(mean, batch.mean):
-                    return r, d
+        if is_recomputation() and _has_values(batch.mean):
+            return self._passes.find(batch)
         r, d = self._correction_of(batch)
-        if not torch.compiler.is_compiling():
-            self._corrections.append((batch.mean, r, d))
-        return r, d
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            r, d = torch.ops.bnkit.saved(r), torch.ops.bnkit.saved(d)
+        return _Pass(batch.mean, batch.m2, r, d)
 
     def _correction_of(self, batch: Moments) -> tuple[Tensor, Tensor]:
         assert self.running_mean is not None
@@ -137,6 +150,99 @@ class BatchRenorm(AnyDimension):
     def extra_repr(self) -> str:
         """torch.nn's, and the options that differ from it."""
         return super().extra_repr() + f", r_max={self.r_max}, d_max={self.d_max}"
+
+
+@dataclasses.dataclass(eq=False)
+class _Pass:
+    """A forward pass: the batch's statistics, and the correction that they got."""
+
+    mean: Tensor
+    m2: Tensor
+    r: Tensor
+    d: Tensor
+    repeated: bool = False
+
+    def is_of(self, batch: Moments) -> bool:
+        return _equal(self.mean, batch.mean) and _equal(self.m2, batch.m2)
+
+    def agrees(self, other: _Pass) -> bool:
+        return _equal(self.r, other.r) and _equal(self.d, other.d)
+
+
+class _Passes:
+    """The passes that activation checkpointing may repeat."""
+
+    def __init__(self) -> None:
+        self._of_regions: WeakKeyDictionary[Any, deque[_Pass]] = WeakKeyDictionary()
+        self._without_graph: deque[_Pass] = deque(maxlen=_REMEMBERED)
+
+    def __reduce__(self) -> tuple[type[_Passes], tuple[()]]:
+        """A copy of the layer has run no passes."""
+        return _Passes, ()
+
+    def remember(self, one: _Pass, *, in_graph: bool) -> None:
+        if is_recomputation() or not all(map(_has_values, (one.mean, one.r, one.d))):
+            return
+        autograd = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
+        hooks = autograd._top_saved_tensors_default_hooks(True)
+        if hooks is not None and in_graph:
+            # A checkpointed region puts hooks of its own on what is saved in it; they live as long as its graph.
+            self._of_regions.setdefault(hooks[1], deque(maxlen=_REMEMBERED)).append(one)
+        elif hooks is not None or not torch.is_grad_enabled():  # as with use_reentrant=True, which makes it later
+            self._without_graph.append(one)
+
+    def find(self, batch: Moments) -> _Pass:
+        """The pass with this batch."""
+        everything = [one for passes in (self._without_graph, *self._of_regions.values()) for one in passes]
+        same = [one for one in everything if one.is_of(batch)]
+        require(
+            bool(same),
+            "activation checkpointing repeats a pass through batch renormalization with a batch that was not among the "
+            f"last {_REMEMBERED}: make the model deterministic, or checkpoint fewer passes before each backward().",
+        )
+        # A pass is repeated again by nested checkpoints, and for another backward pass through the same graph.
+        fresh = [one for one in same if not one.repeated] or same[-1:]
+        require(
+            all(one.agrees(fresh[-1]) for one in fresh),
+            "activation checkpointing repeats one of several passes of the same batch through batch renormalization, "
+            "which got different corrections: call backward() after each, or leave the layer out of the checkpoint.",
+        )
+        fresh[-1].repeated = True
+        return fresh[-1]
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Whether these are the same values, an overflow's NaN included."""
+    return a.dtype == b.dtype and a.device == b.device and torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True)
+
+
+def _has_values(x: Tensor) -> bool:
+    """Whether x outlives this call, and can be compared: neither fake nor a transform's."""
+    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    return not (x.is_meta or functorch.is_functorch_wrapped_tensor(x) or is_fake(x))
+
+
+def _saved(x: Tensor) -> Tensor:
+    """x, which a compiled graph keeps for its backward pass.
+
+    Activation checkpointing would compute it again, from running statistics that the end of the graph has updated.
+    """
+    mode = get_proxy_mode()
+    if mode is not None:
+        plain = torch._from_functional_tensor(x.elem) if isinstance(x, FunctionalTensor) else x  # pyright: ignore
+        proxy = mode.tracer.unwrap_proxy(plain)
+        if isinstance(proxy, torch.fx.Proxy):
+            proxy.node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+    return x
+
+
+# An operator, since the graph is not there yet when the layer's own code is traced.
+_library = torch.library.Library("bnkit", "FRAGMENT")
+_library.define("saved(Tensor(a) x) -> Tensor(a)")
+_library.impl("saved", _saved, "CompositeImplicitAutograd")
+torch.library.register_vmap(
+    "bnkit::saved", lambda info, in_dims, x: (torch.ops.bnkit.saved(x), in_dims[0]), lib=_library
+)
 
 
 def _check_schedule(name: str, schedule: Schedule, least: float) -> None:

@@ -115,6 +115,41 @@ def test_loading_a_shared_affine_into_an_own_one_and_missing_keys():
         DomainBatchNorm(3, 4).load_state_dict(shared.state_dict())
 
 
+@pytest.mark.parametrize("shared_affine", [True, False])
+def test_a_plain_state_assigned_gives_each_domain_memory_of_its_own(shared_affine):
+    theirs = nn.BatchNorm1d(3)
+    theirs(batch(2, 1))
+    layer = DomainBatchNorm(3, 3, shared_affine=shared_affine)
+    layer.load_state_dict(theirs.state_dict(), assign=True)
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    optimizer = torch.optim.SGD(layer.parameters(), 0.1)
+    layer(batch(), domain=1).pow(3).sum().backward()
+    optimizer.step()
+    assert layer.batches_tracked.tolist() == [1, 2, 1]
+    for name in ("running_means", "running_vars"):
+        changed = (getattr(layer, name) != before[name]).any(1)
+        assert changed.tolist() == [False, True, False], name
+    if not shared_affine:
+        changed = [not torch.equal(layer.get_parameter(f"weight_{k}"), before[f"weight_{k}"]) for k in range(3)]
+        assert changed == [False, True, False]
+
+
+def test_a_plain_state_without_a_statistic():
+    for absent, missing in (("running_var", "running_vars"), ("running_mean", "running_means")):
+        state = nn.BatchNorm1d(3).state_dict()
+        del state[absent]
+        with pytest.raises(RuntimeError, match=f'Missing key.*"{missing}"'):
+            DomainBatchNorm(3, 2).load_state_dict(state)
+
+
+def test_weight_and_bias_written_to_are_those_of_the_current_domain():
+    layer = DomainBatchNorm(3, 2, shared_affine=False)
+    layer.domain = 1
+    layer.weight = nn.Parameter(torch.full((3,), 2.0))
+    assert torch.equal(layer.weight_1, torch.full((3,), 2.0))
+    assert [name for name, _ in layer.named_parameters()] == ["weight_0", "bias_0", "weight_1", "bias_1"]
+
+
 def test_tools_that_estimate_statistics_work_on_the_current_domain():
     model = nn.Sequential(DomainBatchNorm(3, NAMES))
     data = [batch(3, 2) for _ in range(4)]

@@ -127,3 +127,17 @@ def test_dimensions_are_checked_as_in_torch():
     with pytest.raises(ValueError, match="expected 4D input"):
         bnkit.nn.FrozenBatchNorm2d(4)(torch.zeros(3, 4))
     assert bnkit.nn.FrozenBatchNorm(4)(torch.zeros(3, 4, 1, 1, 1, 1)).shape == (3, 4, 1, 1, 1, 1)
+
+
+def test_torchvisions_state_assigned_to_a_layer_without_memory():
+    theirs = TorchvisionFrozen(4)
+    theirs.running_var.uniform_(0.5, 2.0)
+    layer = bnkit.nn.FrozenBatchNorm2d(4, device="meta")
+    layer.load_state_dict(theirs.state_dict(), assign=True)
+    assert layer.num_batches_tracked.device == layer.running_mean.device
+    assert layer.num_batches_tracked == 0
+    x = data()
+    torch.testing.assert_close(layer(x), theirs(x))
+    counted = frozen()
+    counted.load_state_dict(theirs.state_dict(), assign=True)
+    assert counted.num_batches_tracked == 7

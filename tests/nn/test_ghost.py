@@ -125,15 +125,54 @@ def test_residual_belongs_to_its_sample():
 
 def test_an_empty_batch_leaves_statistics_alone():
     layer = make(ghost_size=4)
-    before = layer.running_mean.clone()
-    assert layer(torch.zeros(0, 5, 3)).shape == (0, 5, 3)
-    assert torch.equal(layer.running_mean, before)
+    before = layer.running_mean.clone(), layer.running_var.clone()
+    for shape in ((0, 5, 3), (12, 5, 0)):
+        assert layer(torch.zeros(shape)).shape == shape
+    assert torch.equal(layer.running_mean, before[0])
+    assert torch.equal(layer.running_var, before[1])
+
+
+@pytest.mark.parametrize("shape", [(99, 5, 3), (3, 5, 3), (1, 5, 3), (10, 10, 3), (10, 5)])
+def test_a_residual_of_another_shape_is_refused(shape):
+    layer = make(ghost_size=4)
+    with pytest.raises(ValueError, match=r"residual must have the input's shape \(10, 5, 3\), got"):
+        layer(torch.randn(10, 5, 3), torch.randn(shape))
+
+
+@pytest.mark.parametrize("size", [8, 10])
+@pytest.mark.parametrize("track_running_stats", [True, False])
+def test_vmap_over_an_ensemble(track_running_stats, size):
+    layers = [bnkit.nn.GhostBatchNorm(5, ghost_size=4, track_running_stats=track_running_stats) for _ in range(3)]
+    for parameter in nn.ModuleList(layers).parameters():
+        nn.init.normal_(parameter)
+    state = torch.func.stack_module_state(layers)
+    x = torch.randn(3, size, 5)
+    for batches, dim in ((x, 0), (x[0], None)):  # a batch for each, and one for all
+
+        def call(state, x):
+            return torch.func.functional_call(layers[0], state, (x,))
+
+        y = torch.func.vmap(call, in_dims=(0, dim))(state, batches)
+        each = zip(layers, x if dim == 0 else [x[0]] * 3, strict=True)
+        torch.testing.assert_close(y, torch.stack([layer(z) for layer, z in each]))
+    for name, buffer in state[1].items():
+        torch.testing.assert_close(buffer, torch.stack([layer.get_buffer(name) for layer in layers]))
+
+
+def test_vmap_over_batches_needs_statistics_for_each():
+    layer, batches = make(ghost_size=4), torch.randn(3, 8, 5)
+    with pytest.raises(ValueError, match="there is only one running_mean"):
+        torch.func.vmap(layer)(batches)
+    layer = bnkit.nn.GhostBatchNorm(5, ghost_size=4, track_running_stats=False)
+    torch.testing.assert_close(torch.func.vmap(layer)(batches), torch.stack([layer(x) for x in batches]))
 
 
 @pytest.mark.parametrize(
     ("options", "x", "message"),
     [
-        ({"ghost_size": 0}, None, "ghost_size must be at least 1, got 0"),
+        ({"ghost_size": 0}, None, "ghost_size must be an integer of at least 1, got 0"),
+        ({"ghost_size": "a"}, None, "ghost_size must be an integer of at least 1, got 'a'"),
+        ({"ghost_size": 2.5}, None, "ghost_size must be an integer of at least 1, got 2.5"),
         (
             {"ghost_size": 1},
             torch.zeros(6, 5),

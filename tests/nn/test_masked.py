@@ -142,6 +142,18 @@ def test_wrong_masks_are_refused(mask, message):
         make()(torch.randn(5, 4, 6), mask)
 
 
+def test_vmap():
+    layer, batches, mask = make(), torch.randn(3, 5, 4, 6), torch.rand(3, 5, 6) < 0.7
+    count = layer.num_batches_tracked.clone()
+    with pytest.raises(ValueError, match="there is only one running_mean and running_var to update"):
+        torch.func.vmap(layer)(batches, mask)
+    assert layer.num_batches_tracked == count
+    untracked = bnkit.nn.MaskedBatchNorm(4, track_running_stats=False)
+    for norm in (layer.eval(), untracked):
+        wanted = torch.stack([norm(x, m) for x, m in zip(batches, mask, strict=True)])
+        torch.testing.assert_close(torch.func.vmap(norm)(batches, mask), wanted)
+
+
 def test_as_keras():
     """Keras keeps its statistics with the complement of our momentum, and the biased variance."""
     os.environ.setdefault("KERAS_BACKEND", "torch")

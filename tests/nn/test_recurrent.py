@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -102,11 +104,31 @@ def test_gamma():
         (lambda: make()(torch.zeros(5, 3)), r"expected a sequence of shape \(N, T, 3\) without a step, got \(5, 3\)"),
         (lambda: make()(torch.zeros(5, 2, 4)), r"expected a sequence .* got \(5, 2, 4\)"),
         (lambda: make()(torch.zeros(1, 3), 0), "Expected more than 1 value per channel"),
+        (
+            lambda: make()(torch.zeros(5, 2, 3), residual=torch.zeros(5, 3, 2)),
+            r"residual must have the input's shape \(5, 2, 3\), got \(5, 3, 2\)",
+        ),
+        (
+            lambda: make().eval()(torch.zeros(5, 2, 3), residual=torch.zeros(5, 6)),
+            r"residual must have the input's shape \(5, 2, 3\), got \(5, 6\)",
+        ),
+        (
+            lambda: RecurrentBatchNorm(3, max_length=2)(torch.zeros(5, 4, 3), residual=torch.zeros(5, 3, 3)),
+            r"residual must have the input's shape \(5, 4, 3\), got \(5, 3, 3\)",
+        ),
     ],
 )
 def test_errors(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("shape", [(4, 0, 3), (0, 2, 3)])
+def test_an_empty_sequence_leaves_statistics_alone(shape, momentum):
+    layer = RecurrentBatchNorm(3, max_length=3, momentum=momentum)
+    assert layer(torch.zeros(shape)).shape == shape
+    assert torch.equal(layer.running_var, torch.ones(3, 3))
 
 
 def lstm(**options):
@@ -255,3 +277,36 @@ def test_lstm_learns_which_sequence_began_with_a_one():
 def test_lstm_errors(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    ("h", "c", "shape"),
+    [
+        ((3, 4, 3), (3, 4, 3), (5, 4, 2)),
+        ((1, 4, 3), (1, 4, 3), (5, 4, 2)),
+        ((2, 5, 3), (2, 5, 3), (5, 4, 2)),
+        ((2, 4, 3), (2, 1, 3), (5, 4, 2)),
+        ((2, 4, 4), (2, 4, 3), (5, 4, 2)),
+        ((2, 3), (2, 3), (5, 4, 2)),
+        ((2, 1, 3), (2, 1, 3), (5, 2)),
+    ],
+)
+def test_states_of_another_shape_are_refused(h, c, shape):
+    model = BNLSTM(2, 3, num_layers=2, max_length=5).eval()
+    wanted = (2, *shape[1:-1], 3)
+    with pytest.raises(ValueError, match=re.escape(f"hx must be a hidden and a cell state of shape {wanted}, (num")):
+        model(torch.zeros(shape), (torch.zeros(h), torch.zeros(c)))
+    with pytest.raises(ValueError, match="hx must be a hidden and a cell state"):
+        model(torch.zeros(shape), torch.zeros(wanted))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_of_16_bits_are_those_of_float32_rounded(dtype):
+    found = []
+    for kind in (dtype, torch.float32):
+        torch.manual_seed(0)
+        found.append(BNLSTM(3, 4, max_length=3, dtype=kind).state_dict())
+    for name, values in found[1].items():
+        torch.testing.assert_close(found[0][name], values.to(found[0][name].dtype), rtol=0, atol=0)
+    model = BNLSTM(3, 4, max_length=3, dtype=dtype)
+    assert model(torch.randn(5, 2, 3, dtype=dtype))[0].dtype == dtype

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 import bnkit.nn
 
@@ -113,8 +118,6 @@ def test_gradient_does_not_flow_through_r_and_d():
 
 
 def test_checkpointed_schedule_uses_the_bounds_of_the_forward_pass():
-    from torch.utils.checkpoint import checkpoint
-
     gradients = []
     for run in (lambda f, x: f(x), lambda f, x: checkpoint(f, x, use_reentrant=False)):
         torch.manual_seed(0)
@@ -123,6 +126,178 @@ def test_checkpointed_schedule_uses_the_bounds_of_the_forward_pass():
         torch.tanh(run(layer, x)).pow(2).sum().backward()
         gradients.append(x.grad)
     torch.testing.assert_close(*gradients)
+
+
+def losses(layer, batches, run):
+    """The gradients of one backward pass over all batches, `run` calling the layer."""
+    inputs = [x.clone().requires_grad_() for x in batches]
+    sum(torch.tanh(run(layer, x)).pow(3).sum() for x in inputs).backward()
+    return [x.grad for x in inputs] + [parameter.grad for parameter in layer.parameters()]
+
+
+def plainly(layer, x):
+    return layer(x)
+
+
+def checkpointed(layer, x):
+    return checkpoint(layer, x, use_reentrant=False)
+
+
+def checkpointed_reentrant(layer, x):
+    return checkpoint(layer, x, use_reentrant=True)
+
+
+@pytest.mark.parametrize(("run", "count"), [(checkpointed, 80), (checkpointed_reentrant, 64)])
+def test_checkpointed_passes_before_one_backward_pass(run, count):
+    layer = make(r_max=1.5, d_max=0.5)
+    twin, batches = copy.deepcopy(layer), torch.randn(count, 6, 4) * 2
+    torch.testing.assert_close(losses(layer, batches, run), losses(twin, batches, plainly))
+
+
+def nested(layer, x):
+    return checkpoint(
+        lambda z: checkpointed(layer, checkpointed(layer, z).tanh()),
+        x,
+        use_reentrant=False,
+    )
+
+
+def test_nested_checkpoints_and_batches_that_overflowed():
+    layer = make(r_max=1.5, d_max=0.5)
+    batches = torch.randn(3, 6, 4)
+    batches[1, 2, 3] = float("inf")
+    twin = copy.deepcopy(layer)
+    torch.testing.assert_close(
+        losses(layer, batches, nested), losses(twin, batches, lambda f, x: f(f(x).tanh())), equal_nan=True
+    )
+
+
+def test_checkpoint_of_frozen_layers_within_a_checkpoint():
+    frozen, linear = make(r_max=1.5, d_max=0.5).requires_grad_(False), nn.Linear(4, 2)
+    twin = copy.deepcopy(frozen)
+    x = torch.randn(6, 4)
+    checkpoint(lambda z: linear(checkpointed(frozen, z)).tanh(), x, use_reentrant=False).sum().backward()
+    found = linear.weight.grad.clone()
+    linear.zero_grad()
+    linear(twin(x)).tanh().sum().backward()
+    torch.testing.assert_close(found, linear.weight.grad)
+
+
+@pytest.mark.parametrize("run", [checkpointed, checkpointed_reentrant])
+def test_the_same_batch_in_every_step_and_twice_through_one_graph(run):
+    layer = make(r_max=1.5, d_max=0.5)
+    twin = copy.deepcopy(layer)
+    batch = torch.randn(6, 4)
+    for _ in range(3):
+        gradients = []
+        for module, call in ((layer, run), (twin, plainly)):
+            x = batch.clone().requires_grad_()
+            loss = torch.tanh(call(module, x)).pow(3).sum()
+            loss.backward(retain_graph=True)
+            loss.backward()
+            gradients.append(x.grad)
+        torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("run", [checkpointed, checkpointed_reentrant])
+def test_the_same_batch_twice_before_backward_is_refused(run):
+    batch = torch.randn(6, 4)
+    with pytest.raises(ValueError, match=r"one of several passes of the same batch .*: call backward.. after each"):
+        losses(make(r_max=1.5, d_max=0.5), [batch, batch], run)
+    layer = make(r_max=1.0, d_max=0.0)  # r = 1 and d = 0 for both, so that it does not matter which
+    torch.testing.assert_close(losses(layer, [batch] * 2, run), losses(copy.deepcopy(layer), [batch] * 2, plainly))
+
+
+def test_a_pass_that_is_not_remembered_is_refused():
+    with pytest.raises(ValueError, match=r"a batch that was not among the last 64: make the model deterministic"):
+        losses(make(), torch.randn(65, 6, 4), checkpointed_reentrant)
+    noise = torch.Generator().manual_seed(0)
+    with pytest.raises(ValueError, match=r"a batch that was not among the last 64: make the model deterministic"):
+        losses(
+            make(), torch.randn(1, 6, 4), lambda f, x: checkpointed(lambda z: f(z + torch.rand(4, generator=noise)), x)
+        )
+
+
+def remembered(layer):
+    return sum(map(len, (layer._passes._without_graph, *layer._passes._of_regions.values())))
+
+
+def test_passes_are_remembered_for_as_long_as_they_can_be_repeated():
+    layer = make(r_max=1.5, d_max=0.5)
+    x = torch.randn(6, 4, requires_grad=True)
+    layer(x).sum().backward()
+    assert remembered(layer) == 0
+    y = checkpointed(layer, x)
+    assert remembered(layer) == 1
+    y.sum().backward()
+    del y
+    assert remembered(layer) == 0
+
+
+def compute(layer, x):
+    return layer(torch.sin(layer(x * 2)) + x)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_compiled_checkpoint(momentum, use_reentrant):
+    """The graph's end updates the statistics, which a repeated pass must not see."""
+    torch._dynamo.reset()
+    layer = make(r_max=(0, 3, 1.5), d_max=lambda count: 0.2 + 0.1 * count, momentum=momentum, activation="silu")
+    twin = copy.deepcopy(layer)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def run(x):
+        return checkpoint(compute, layer, x, use_reentrant=use_reentrant)
+
+    for _ in range(2):
+        gradients, x = [], torch.randn(6, 4)
+        for call in (run, lambda x: compute(twin, x)):
+            leaf = x.clone().requires_grad_()
+            torch.tanh(call(leaf)).pow(3).sum().backward()
+            gradients.append(leaf.grad)
+        torch.testing.assert_close(*gradients)
+    for ours, theirs in zip(
+        (*layer.parameters(), *layer.buffers()), (*twin.parameters(), *twin.buffers()), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def by_vmap(layer):
+    parameters, buffers = torch.func.stack_module_state([layer, copy.deepcopy(layer)])
+    state = {**parameters, **buffers}
+    torch.func.vmap(lambda state, x: torch.func.functional_call(layer, state, x))(state, torch.randn(2, 6, 4))
+
+
+def by_grad(layer):
+    def loss(parameters, x):
+        state = parameters | {name: buffer.clone() for name, buffer in layer.named_buffers()}
+        return torch.func.functional_call(layer, state, x).pow(3).sum()
+
+    torch.func.grad(loss)(dict(layer.named_parameters()), torch.randn(6, 4))
+
+
+def by_fake_tensors(layer):
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        checkpointed(layer, torch.randn(6, 4, requires_grad=True)).sum().backward()
+
+
+def by_checkpoint(layer):
+    checkpointed_reentrant(layer, torch.randn(6, 4, requires_grad=True))
+    assert remembered(layer) == 1
+
+
+@pytest.mark.parametrize("use", [by_vmap, by_grad, by_fake_tensors, by_checkpoint])
+def test_copies_and_pickles_after(use):
+    layer = make(r_max=1.5, d_max=0.5)
+    use(layer)
+    x = torch.randn(6, 4)
+    wanted = copy.deepcopy(layer.state_dict())
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        torch.testing.assert_close(twin.state_dict(), wanted)
+        assert remembered(twin) == 0
+        assert twin(x).shape == x.shape
 
 
 @pytest.mark.parametrize("bad", [0.5, (5, 5, 3.0), (0, 10, 0.9), (1, 2)])
