@@ -59,6 +59,15 @@ def is_possible(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
     return bool((weight.detach().abs() > least).all())
 
 
+def check_not_repeated() -> None:
+    """Refuse to keep the input where activation checkpointing repeats, in a backward pass, what has kept the output."""
+    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        raise UserError(
+            "batch_norm(inplace=True) cannot be repeated by activation checkpointing within a torch.func transform of "
+            "the backward pass: use inplace=False."
+        )
+
+
 class _InplaceBatchNorm(torch.autograd.Function):
     """Keeps y and invstd."""
 

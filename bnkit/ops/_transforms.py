@@ -20,8 +20,10 @@ def are_transformed(tensors: Sequence[object]) -> bool:
     """Whether a transform that is active has made one of the tensors what it is.
 
     All of them may be as they were outside: so they are where activation checkpointing repeats a forward pass, in the
-    backward pass of a batch of cotangents.
+    backward pass of a batch of cotangents. A compiler cannot tell.
     """
+    if torch.compiler.is_compiling():
+        return True
     is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # pyright: ignore[reportAttributeAccessIssue]
     return any(isinstance(t, Tensor) and (is_wrapped(t) or _is_dual(t)) for t in tensors)
 

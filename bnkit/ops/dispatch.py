@@ -30,7 +30,7 @@ __all__ = [
     "by_reference",
     "count_version",
     "first_to_support",
-    "only_reference",
+    "is_recorded",
     "serve",
     "through_own_statistics",
 ]
@@ -55,13 +55,15 @@ def batch_norm(
     inplace: bool = False,
 ) -> Tensor:
     """`functional.batch_norm` of arguments already validated."""
-    if only_reference():
+    if transforms_active() or is_recorded():
         tensors = (x, running_mean, running_var, weight, bias, residual, momentum)
         if is_recorded() or are_transformed(tensors):
+            if inplace:
+                _inplace.check_not_repeated()
             return by_reference(
                 x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual
             )
-        if torch._C._are_functorch_transforms_active():
+        if torch._C._are_functorch_transforms_active():  # in some of which even new tensors are wrapped
             with temporarily_clear_interpreter_stack():
                 return batch_norm(
                     x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual, inplace
@@ -101,7 +103,7 @@ def by_reference(
     activation: str | None,
     residual: Tensor | None,
 ) -> Tensor:
-    """Within transforms."""
+    """`batch_norm` in operators that transforms can follow, and that run without this package."""
     check_vmap((x, residual, weight, bias), (running_mean, running_var), training)
     return reference.batch_norm(
         x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual
@@ -154,11 +156,6 @@ def count_version(training: bool, running_mean: Tensor | None, running_var: Tens
     """Tell autograd that the running statistics were written to: backends write through pointers."""
     if training and running_mean is not None and running_var is not None:
         torch._C._increment_version((running_mean, running_var))
-
-
-def only_reference() -> bool:
-    """Whether only the reference can serve tensors that stand for something else, as some may, and calls recorded."""
-    return transforms_active() or is_recorded()
 
 
 def is_recorded() -> bool:

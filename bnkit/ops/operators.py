@@ -16,6 +16,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 from . import dispatch
 from ._backend import Backend, Gradients
+from ._transforms import transforms_active
 
 _INPUTS = """(Tensor x, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor? weight, Tensor? bias,
     bool training, float momentum, float eps, str? activation, Tensor? residual)"""
@@ -45,7 +46,7 @@ def _batch_norm(
     activation: str | None,
     residual: Tensor | None,
 ) -> Tensor:
-    if dispatch.only_reference():
+    if transforms_active() or dispatch.is_recorded():
         return dispatch.by_reference(
             x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual
         )

@@ -113,6 +113,24 @@ def test_first_derivatives(name, transform):
     torch.testing.assert_close(FIRST[transform](ours), FIRST[transform](expected))
 
 
+def repeated(function: Function) -> Function:
+    return lambda x: checkpoint(function, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("transform", ["is_grads_batched", "vmap", "vmap in vmap", "dual cotangent"])
+@pytest.mark.parametrize("name", [name for name in OURS if name != "operator"])
+def test_checkpointing(name, transform):
+    """Repeated within the transform, the forward pass has to keep what it kept outside."""
+    ours, expected = OURS[name]
+    torch.testing.assert_close(FIRST[transform](repeated(ours)), FIRST[transform](repeated(expected)))
+
+
+def test_inplace_refuses_to_be_repeated_on_other_tensors_than_it_had():
+    """In `jvp` what is computed is wrapped; the reference would keep its input, where the output is asked for."""
+    with pytest.raises(ValueError, match=r"cannot be repeated by activation checkpointing .*: use inplace=False"):
+        FIRST["jvp"](repeated(lambda x: OURS["inplace"][0](x.sin())))
+
+
 @pytest.mark.parametrize("transform", SECOND)
 @pytest.mark.parametrize("name", [name for name in OURS if "inplace" not in name])
 def test_second_derivatives(name, transform):
