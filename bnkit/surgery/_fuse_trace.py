@@ -108,13 +108,14 @@ def _untouched(block: nn.Module) -> Iterator[None]:
     """Put the attributes of a module and of its children back, with what lists and dicts hold, and refuse a forward
     that wrote to them.
     """
-    before = [(module, dict(vars(module))) for module in block.modules()]
-    inside = [(held, copy.copy(held)) for _, old in before for held in old.values() if isinstance(held, (list, dict))]
+    attributes = [vars(module) for module in block.modules()]
+    inside = [held for own in attributes for held in own.values() if isinstance(held, (list, dict))]
+    before = [(now, copy.copy(now)) for now in [*attributes, *inside]]
     try:
         yield
     finally:
-        written = [now for now, old in [(vars(m), old) for m, old in before] + inside if not _same(now, old)]
-        for now, old in [(vars(m), old) for m, old in before] + inside:
+        written = not all(_same(now, old) for now, old in before)
+        for now, old in before:
             now.clear()
             now.extend(old) if isinstance(now, list) else now.update(old)
     if written:

@@ -49,9 +49,10 @@ def check_training(model: nn.Module, example: Any, forward: Forward | None, expe
     if expected is None:
         return
     found = trained(model, example, forward)
-    if found is None or found.keys() - expected.keys():
-        only = "can no longer be copied or run" if found is None else f"has a {min(found.keys() - expected.keys())} now"
-        raise UserError(f"fuse must leave training as it was, but the model {only}; {_REMEDY}")
+    if found is None:
+        raise UserError(f"fuse must leave training as it was, but the model can no longer be copied or run; {_REMEDY}")
+    if new := found.keys() - expected.keys():
+        raise UserError(f"fuse must leave training as it was, but the model has a {min(new)} now; {_REMEDY}")
     largest = _largest_of_each_kind(expected)
     for name, tensor in expected.items():
         other = found.get(name)
