@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,19 +19,21 @@ from ._trials import Trial, accuracy_table, best_of, relation
 Batch = tuple[tuple[Any, ...], Tensor]
 """The model's arguments, and the labels."""
 
+T = TypeVar("T", bound=Trial)
+
 
 def run_trials(
     arms: Iterable[str],
     rates: Sequence[float],
     seeds: int,
-    trial: Callable[[str, float, int], Trial],
+    trial: Callable[[str, float, int], T],
     progress: Progress,
     what: str = "runs",
-) -> list[Trial]:
+) -> list[T]:
     """Every arm with every rate and seed; the progress display calls them `what`."""
     runs = [(arm, rate, seed) for arm in arms for rate in rates for seed in range(seeds)]
     progress.phase(f"{len(runs)} {what}", len(runs))
-    trials: list[Trial] = []
+    trials: list[T] = []
     for arm, rate, seed in runs:
         trials.append(trial(arm, rate, seed))
         progress.update(len(trials), {trial.arm: trial.accuracy for trial in trials})

@@ -59,8 +59,9 @@ def outcomes(trials: Sequence[Trial]) -> list[Outcome]:
 
 def _outcome(group: Sequence[Trial]) -> Outcome:
     accuracies = [trial.accuracy for trial in group]
-    deviation = statistics.stdev(accuracies) if len(group) > 1 else 0.0
     mean, loss, seconds = (statistics.fmean(getattr(t, name) for t in group) for name in _MEASURED)
+    # statistics.stdev fails on NaN
+    deviation = mean if math.isnan(mean) else statistics.stdev(accuracies) if len(group) > 1 else 0.0
     return Outcome(group[0].arm, group[0].rate, mean, deviation, loss, seconds, len(group))
 
 

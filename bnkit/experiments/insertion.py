@@ -7,9 +7,9 @@ for networks trained with batch norm from the start. Whether a finished network 
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
+import math
 import os
 from collections.abc import Iterator
 
@@ -21,10 +21,12 @@ from ..data import ImageSet
 from ..surgery import insert
 from ..train import Diverged, Evaluation, FitConfig, fit
 from ._insertion_page import page_of
-from ._insertion_record import FineTuning, Insertion, InsertionConfig, Training
+from ._insertion_record import INSERTED, ORIGINAL, WITHOUT, Insertion, InsertionConfig, Run
 from ._progress import Progress, Silent
+from ._small_runs import run_trials
+from ._trials import best_of
 
-__all__ = ["FineTuning", "Insertion", "InsertionConfig", "Training", "fine_tune", "insertion", "page_of"]
+__all__ = ["Insertion", "InsertionConfig", "Run", "fine_tune", "insertion", "page_of"]
 
 
 def insertion(
@@ -35,7 +37,7 @@ def insertion(
     Args:
         data: CIFAR-10 or other images of 32 × 32 pixels, as `bnkit.data.load` takes them.
         config: what runs.
-        progress: told after each evaluation.
+        progress: told after each run.
 
     Raises:
         UserError: no such data.
@@ -48,17 +50,28 @@ def fine_tune(
 ) -> Insertion:
     """What `insertion` does, on images that are loaded."""
     config, progress = config or InsertionConfig(), progress or Silent()
-    chosen = _some(len(images.test_images), config.test_images, config.seed)
+    chosen = _some(len(images.test_images), config.test_images, 0)
     images = dataclasses.replace(images, test_images=images.test_images[chosen], test_labels=images.test_labels[chosen])
-    trained = [_train(rate, images, config, progress) for rate in config.rates]
-    best, network = max(trained, key=lambda pair: pair[0].accuracy)
-    inserted = insert(network, _calibration(images, config))
-    starts = {"without": network, "with": inserted.model}
-    runs = []
-    for factor in config.factors:
-        for arm, start in starts.items():
-            runs.append(_fine_tune(arm, start, factor, best.rate, images, config, progress))
-    return Insertion(config, [training for training, _ in trained], runs, inserted.max_error or 0.0)
+    networks: dict[tuple[float, int], nn.Sequential] = {}
+
+    def train(arm: str, rate: float, seed: int) -> Run:
+        torch.manual_seed(seed)
+        network = networks[rate, seed] = vgg11(images, config.width)
+        return _trial(arm, network, images, _settings(config, rate, seed, config.steps, config.steps))
+
+    trainings = run_trials([ORIGINAL], config.rates, config.seeds, train, progress, "trainings")
+    best = best_of(trainings, ORIGINAL).rate
+    originals = [networks[best, seed] for seed in range(config.seeds)]
+    inserted = [insert(network, _calibration(images, config)) for network in originals]
+    starts = {WITHOUT: originals, INSERTED: [surgery.model for surgery in inserted]}
+
+    def tune(arm: str, rate: float, seed: int) -> Run:
+        settings = _settings(config, rate, seed, config.fine_tuning_steps, config.eval_every)
+        return _trial(arm, copy.deepcopy(starts[arm][seed]), images, settings)
+
+    rates = [factor * best for factor in config.factors]
+    runs = run_trials(starts, rates, config.seeds, tune, progress, "fine-tunings")
+    return Insertion(config, trainings, runs, max(surgery.max_error or 0.0 for surgery in inserted))
 
 
 def vgg11(images: ImageSet, width: int) -> nn.Sequential:
@@ -78,34 +91,7 @@ def vgg11(images: ImageSet, width: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Flatten(), *classifier, nn.Linear(channels, images.num_classes))
 
 
-def _train(
-    rate: float, images: ImageSet, config: InsertionConfig, progress: Progress
-) -> tuple[Training, nn.Sequential]:
-    torch.manual_seed(config.seed)
-    network = vgg11(images, config.width)
-    progress.phase(f"Training without norms at rate {rate:g}", config.steps)
-    settings = _settings(config, rate, config.steps, eval_every=config.steps)
-    _, *rest = _fitted(network, images, settings, "without", progress)
-    return Training(rate, rest[-1] if rest else 0.0), network
-
-
-def _fine_tune(
-    arm: str,
-    start: nn.Module,
-    factor: float,
-    rate: float,
-    images: ImageSet,
-    config: InsertionConfig,
-    progress: Progress,
-) -> FineTuning:
-    progress.phase(f"Fine-tuning {arm} batch norm at {factor:g} × the best rate", config.fine_tuning_steps)
-    settings = _settings(config, factor * rate, config.fine_tuning_steps, config.eval_every)
-    accuracies = _fitted(copy.deepcopy(start), images, settings, arm, progress)
-    evaluations = 1 + -(-config.fine_tuning_steps // config.eval_every)
-    return FineTuning(arm, factor, factor * rate, accuracies, diverged=len(accuracies) < evaluations)
-
-
-def _settings(config: InsertionConfig, rate: float, steps: int, eval_every: int) -> FitConfig:
+def _settings(config: InsertionConfig, rate: float, seed: int, steps: int, eval_every: int) -> FitConfig:
     return FitConfig(
         steps,
         config.batch_size,
@@ -113,29 +99,36 @@ def _settings(config: InsertionConfig, rate: float, steps: int, eval_every: int)
         momentum=0.9,
         weight_decay=5e-4,
         schedule="cosine",
-        seed=config.seed,
+        seed=seed,
         eval_every=eval_every,
         device="cpu",
     )
 
 
-def _fitted(network: nn.Module, images: ImageSet, settings: FitConfig, name: str, progress: Progress) -> list[float]:
-    """Train in place; the test accuracies before the first step and at each evaluation, up to a divergence."""
-    accuracies: list[float] = []
-
-    def note(evaluation: Evaluation) -> None:
-        accuracies.append(evaluation.test_accuracy)
-        progress.update(evaluation.step, {name: evaluation.test_accuracy})
-
-    with contextlib.suppress(Diverged):
-        fit(network, images, settings, on_evaluation=note)
-    return accuracies
+def _trial(arm: str, network: nn.Module, images: ImageSet, settings: FitConfig) -> Run:
+    """Train in place, and evaluate before the first step and on the way, up to a divergence."""
+    evaluations: list[Evaluation] = []
+    diverged = False
+    try:
+        fit(network, images, settings, on_evaluation=evaluations.append)
+    except Diverged:
+        diverged = True
+    last = evaluations[-1]
+    return Run(
+        arm,
+        settings.lr,
+        settings.seed,
+        math.nan if diverged or last.train_loss is None else last.train_loss,
+        math.nan if diverged else last.test_accuracy,
+        last.seconds,
+        [evaluation.test_accuracy for evaluation in evaluations],
+    )
 
 
 def _calibration(images: ImageSet, config: InsertionConfig) -> Iterator[Tensor]:
     """Training images as `fit` shows them to the network."""
     mean, std = images.mean.view(1, -1, 1, 1), images.std.view(1, -1, 1, 1)
-    chosen = _some(len(images.train_images), config.calibration_images, config.seed)
+    chosen = _some(len(images.train_images), config.calibration_images, 0)
     for batch in images.train_images[chosen].split(250):
         yield (batch.float() / 255 - mean) / std
 
