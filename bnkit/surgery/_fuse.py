@@ -103,7 +103,7 @@ def _fuse_all(
         elif calls[0].parent is not None:
             blocks.setdefault(calls[0].parent.module, {})[module] = follows
     for block, wanted in blocks.items():
-        changed |= {names[module]: text for module, text in _rewrite(operation, block, wanted, facts).items()}
+        changed |= {names[module]: text for module, text in _rewrite(operation, block, wanted).items()}
     return {name: changed[name] for name in names.values() if name in changed}, skipped
 
 
@@ -161,21 +161,18 @@ def _by_swap(operation: Operation, follows: Following, facts: Record) -> bool:
     return True
 
 
-def _rewrite(
-    operation: Operation, block: nn.Module, wanted: dict[nn.Module, Following], facts: Record
-) -> dict[nn.Module, str]:
+def _rewrite(operation: Operation, block: nn.Module, wanted: dict[nn.Module, Following]) -> dict[nn.Module, str]:
     """Rewrite a block for as many of its batch norms as possible."""
-    texts: dict[nn.Module, str] = {}
-    kind, possible = type(block), dict[nn.Module, Following]()
-    for module, follows in wanted.items():
-        try:
-            kind = rewritten(block, possible | {module: follows})
-            possible[module] = follows
-        except Refused as refusal:
-            texts[module] = f"{_swap(operation, module, Following())}; {_words(follows)} stays: {refusal}"
+    kind, refused = rewritten(block, wanted)
     operation.touch(block)
     block.__class__ = kind
-    return texts | {module: _swap(operation, module, follows) for module, follows in possible.items()}
+    texts: dict[nn.Module, str] = {}
+    for module, follows in wanted.items():
+        if module in refused:
+            texts[module] = f"{_swap(operation, module, Following())}; {_words(follows)} stays: {refused[module]}"
+        else:
+            texts[module] = _swap(operation, module, follows)
+    return texts
 
 
 def _swap(operation: Operation, module: Any, follows: Following) -> str:

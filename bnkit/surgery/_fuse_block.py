@@ -31,23 +31,34 @@ _METHODS = {"relu": "relu", "relu_": "relu", "sigmoid": "sigmoid", "tanh": "tanh
 _ADDITIONS: set[Any] = {operator.add, operator.iadd, torch.add, "add", "add_"}
 
 
-def rewritten(block: nn.Module, wanted: dict[nn.Module, Following]) -> type[nn.Module]:
+def rewritten(block: nn.Module, wanted: dict[nn.Module, Following]) -> tuple[type[nn.Module], dict[nn.Module, Refused]]:
     """The module's class, with a forward that calls each batch norm of `wanted` with its residual, and does not do
-    what they then do themselves.
-
-    Raises:
-        Refused: the forward can't be rewritten, or doesn't look as recorded.
+    what they then do themselves; and why not, for batch norms that it calls as before.
     """
-    if isinstance(block, nn.Sequential):  # others may index it
-        raise Refused("the Sequential around it keeps its layers")
-    graph, settled = traced(block)
+    refused: dict[nn.Module, Refused] = {}
+    try:
+        if isinstance(block, nn.Sequential):  # others may index it
+            raise Refused("the Sequential around it keeps its layers")
+        graph, settled = traced(block)
+    except Refused as refusal:
+        return type(block), dict.fromkeys(wanted, refusal)
     for module, follows in wanted.items():
-        _take_up(graph, block, module, follows)
+        try:
+            _take_up(graph, block, module, follows)
+        except Refused as refusal:
+            refused[module] = refusal
+    if len(refused) == len(wanted):
+        return type(block), refused
     graph.lint()
-    return with_forward(type(block), graph, settled)
+    return with_forward(type(block), graph, settled), refused
 
 
 def _take_up(graph: fx.Graph, block: nn.Module, norm: nn.Module, follows: Following) -> None:
+    """Change the graph, or leave it as it is.
+
+    Raises:
+        Refused: it doesn't look as recorded.
+    """
     nodes = [node for node in graph.nodes if node.op == "call_module" and block.get_submodule(node.target) is norm]
     if len(nodes) != 1 or len(nodes[0].args) != 1 or nodes[0].kwargs:
         raise Refused("the forward around it calls it in an unusual way")
