@@ -21,7 +21,7 @@ from ._norms import is_batch_norm, is_batch_norm_class, is_known
 from ._operation import Operation
 from ._result import Surgery
 from ._stateless import Impossible, check_activation, is_again, places, positions_seen, without_statistics
-from ._verify import check, relative_error, run_in_eval, tolerance_for
+from ._verify import check, relative_error, run_changed, run_in_eval, tolerance_for
 from ._where import Where, names_of
 from ._where import selected as meant
 
@@ -229,7 +229,7 @@ def _check_options(to: str | type, options: dict[str, Any]) -> None:
 def _verified(
     model: nn.Module, before: Any, example: Any, forward: Forward | None, tolerance: float | None, differs: bool
 ) -> float:
-    error = relative_error(run_in_eval(model, example, forward), before)
+    error = relative_error(run_changed(model, example, forward, "convert"), before)
     if not differs:
         check(error, tolerance_for(before, tolerance), "convert")
     return error

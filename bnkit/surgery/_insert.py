@@ -19,7 +19,7 @@ from ._insert_sites import Site, is_layer, returning_no_tensor, site_of
 from ._normed import Normed, NormedLast, normed_like
 from ._operation import Operation, check_unwrapped
 from ._result import Surgery
-from ._verify import check, check_has_values, relative_error, run_in_eval, tolerance_for
+from ._verify import check, check_has_values, relative_error, run_changed, tolerance_for
 from ._weighted import Refused
 from ._where import Where, selected
 
@@ -90,7 +90,7 @@ def insert(
         with torch.random.fork_rng():  # the comparison is to draw the random numbers that the first run drew
             moments = measure(operation.model, sites, batches, run) if batches is not None else {}
             changed = {site.name: _insert_behind(operation, site, norm, moments.get(site.module)) for site in sites}
-        error = relative_error(run_in_eval(operation.model, first, run), output)
+        error = relative_error(run_changed(operation.model, first, run, "insert"), output)
         check(error, tolerance_for(output, tolerance), "insert")
         if batches is None and sites:
             warnings.warn(

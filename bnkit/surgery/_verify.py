@@ -57,6 +57,8 @@ def run_changed(model: nn.Module, example: Any, forward: Forward | None, verb: s
     """
     try:
         return run_in_eval(model, example, forward)
+    except UserError:
+        raise
     except Exception as error:
         words = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise UserError(

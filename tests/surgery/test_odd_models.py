@@ -165,3 +165,28 @@ def test_insertion_does_not_move_spectral_norm(training):
     assert "0" in surgery.changed
     assert surgery.model.training is training
     torch.testing.assert_close(surgery.model.eval()(x), model.eval()(x), rtol=1e-10, atol=1e-10)
+
+
+class Particular(nn.Module):
+    """Runs as long as its layers are what it expects."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.head = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if type(self.bn) is not nn.BatchNorm2d or list(self.head.children()):
+            raise LookupError("not what it was")
+        return self.head(self.bn(self.conv(x)).relu())
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("verb", ["convert", "insert"])
+def test_a_model_that_no_longer_runs_is_one_error_and_left_as_it_was(verb, inplace):
+    model, x = Particular().eval(), torch.randn(4, 3, 8, 8)
+    before = model(x)
+    change = {"convert": (convert, "ghost", {"example": x}), "insert": (insert, [x], {"where": "head"})}
+    function, argument, options = change[verb]
+    with pytest.raises(UserError, match=rf"{verb} must leave .* raises LookupError: not what it was; .*where="):
+        function(model, argument, inplace=inplace, **options)
+    assert torch.equal(model(x), before)
