@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import struct
 import sys
 from collections.abc import Sequence
 from functools import cache
@@ -39,6 +40,10 @@ _ACTIVATIONS = {
     "sigmoid": 6,
     "tanh": 7,
 }
+# bnkit_forward and bnkit_backward of csrc/batch_norm.h. As arguments of their own ctypes would convert values one by
+# one, which takes half as long as the arithmetic of a small batch.
+_pack_forward = struct.Struct("3q3i??9P2d").pack
+_pack_backward = struct.Struct("3q3i??11P").pack
 
 
 def available() -> bool:
@@ -86,9 +91,9 @@ def forward(
     residual: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, and the mean and invstd (float64) it was normalized with: see `dispatch.Backend`."""
-    x, outer, inner = _laid_out(x)
+    x, outer, channels, inner = _laid_out(x)
     y = torch.empty_like(x)
-    mean = torch.empty(x.shape[1], dtype=torch.float64)
+    mean = torch.empty(channels, dtype=torch.float64)
     invstd = torch.empty_like(mean)
     dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
     weight, bias = _as_type(weight, dtype), _as_type(bias, dtype)
@@ -97,24 +102,27 @@ def forward(
     library = _library()
     assert library is not None
     done = library.bnkit_batch_norm_forward(
-        _DTYPES[x.dtype],
-        _ACTIVATIONS[activation],
-        training,
-        torch.get_num_threads(),
-        outer,
-        x.shape[1],
-        inner,
-        x.data_ptr(),
-        _pointer(residual),
-        _pointer(weight),
-        _pointer(bias),
-        _pointer(old_mean),
-        _pointer(old_var),
-        mean.data_ptr(),
-        invstd.data_ptr(),
-        y.data_ptr(),
-        momentum,
-        eps,
+        _pack_forward(
+            outer,
+            channels,
+            inner,
+            _DTYPES[x.dtype],
+            _ACTIVATIONS[activation],
+            torch.get_num_threads(),
+            training,
+            False,
+            x.data_ptr(),
+            _pointer(residual),
+            _pointer(weight),
+            _pointer(bias),
+            _pointer(old_mean),
+            _pointer(old_var),
+            mean.data_ptr(),
+            invstd.data_ptr(),
+            y.data_ptr(),
+            momentum,
+            eps,
+        )
     )
     if not done:
         raise MemoryError(_NO_MEMORY)
@@ -137,35 +145,38 @@ def backward(
     needs: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """dx, dresidual, dweight, dbias, as far as needed: see `dispatch.Backend`."""
-    x, outer, inner = _laid_out(x)
+    x, outer, channels, inner = _laid_out(x)
     dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
     dx = torch.empty_like(x) if needs[0] else None
     dresidual = torch.empty_like(x) if needs[1] and activation is not None else None
-    dweight = torch.empty(x.shape[1], dtype=dtype) if needs[2] else None
-    dbias = torch.empty(x.shape[1], dtype=dtype) if needs[3] else None
+    dweight = torch.empty(channels, dtype=dtype) if needs[2] else None
+    dbias = torch.empty(channels, dtype=dtype) if needs[3] else None
     real_weight, real_bias = _as_type(weight, dtype), _as_type(bias, dtype)
     dy, residual = _like(dy, x), None if residual is None else _like(residual, x)
     library = _library()
     assert library is not None
     done = library.bnkit_batch_norm_backward(
-        _DTYPES[x.dtype],
-        _ACTIVATIONS[activation],
-        training,
-        torch.get_num_threads(),
-        outer,
-        x.shape[1],
-        inner,
-        dy.data_ptr(),
-        x.data_ptr(),
-        _pointer(residual),
-        _pointer(real_weight),
-        _pointer(real_bias),
-        mean.data_ptr(),
-        invstd.data_ptr(),
-        _pointer(dx),
-        _pointer(dresidual),
-        _pointer(dweight),
-        _pointer(dbias),
+        _pack_backward(
+            outer,
+            channels,
+            inner,
+            _DTYPES[x.dtype],
+            _ACTIVATIONS[activation],
+            torch.get_num_threads(),
+            training,
+            False,
+            dy.data_ptr(),
+            x.data_ptr(),
+            _pointer(residual),
+            _pointer(real_weight),
+            _pointer(real_bias),
+            mean.data_ptr(),
+            invstd.data_ptr(),
+            _pointer(dx),
+            _pointer(dresidual),
+            _pointer(dweight),
+            _pointer(dbias),
+        )
     )
     if not done:
         raise MemoryError(_NO_MEMORY)
@@ -174,17 +185,17 @@ def backward(
     return dx, dresidual, _as_type_of(dweight, weight), _as_type_of(dbias, bias)
 
 
-def _laid_out(x: Tensor) -> tuple[Tensor, int, int]:
+def _laid_out(x: Tensor) -> tuple[Tensor, int, int, int]:
     """x as the kernels read it, (outer, channels, inner): itself, or where its strides fit neither layout, a copy."""
-    channels = x.shape[1]
+    samples, channels, *_ = x.shape
     if x.is_contiguous():
-        return x, x.shape[0], x.numel() // (x.shape[0] * channels)
+        return x, samples, channels, x.numel() // (samples * channels)
     rows = x.movedim(1, -1)
     if rows.is_contiguous():
-        return x, x.numel() // channels, 1
+        return x, x.numel() // channels, channels, 1
     if x.stride(1) == 1:
-        return rows.contiguous().movedim(-1, 1), x.numel() // channels, 1
-    return x.contiguous(), x.shape[0], x.numel() // (x.shape[0] * channels)
+        return rows.contiguous().movedim(-1, 1), x.numel() // channels, channels, 1
+    return x.contiguous(), samples, channels, x.numel() // (samples * channels)
 
 
 def _like(tensor: Tensor, x: Tensor) -> Tensor:
@@ -236,8 +247,8 @@ def _copy_back(updated: Tensor | None, original: Tensor | None) -> None:
         original.copy_(updated)
 
 
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 @cache
@@ -259,10 +270,9 @@ def _candidates() -> list[Path]:
 
 
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
-    integer, long, pointer, double = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p, ctypes.c_double
-    numbers = [integer] * 4 + [long] * 3
-    library.bnkit_batch_norm_forward.argtypes = [*numbers, *[pointer] * 9, double, double]
-    library.bnkit_batch_norm_backward.argtypes = [*numbers, *[pointer] * 11]
+    integer, long, pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
+    library.bnkit_batch_norm_forward.argtypes = [ctypes.c_char_p]
+    library.bnkit_batch_norm_backward.argtypes = [ctypes.c_char_p]
     library.bnkit_transpose.argtypes = [integer, integer, long, long, long, pointer, pointer]
     library.bnkit_transpose.restype = None
     library.bnkit_instruction_set.restype = ctypes.c_char_p

@@ -114,14 +114,14 @@ def test_other_python_threads_run_meanwhile():
     y, mean, invstd = torch.empty_like(x), torch.empty(64, dtype=torch.float64), torch.empty(64, dtype=torch.float64)
     library = cpu._library()
     assert library is not None
-    pointers = (x.data_ptr(), *[None] * 5, mean.data_ptr(), invstd.data_ptr(), y.data_ptr())
-    arguments = (0, 0, 1, 1, 64, 64, 56 * 56, *pointers, 0.1, 1e-5)
+    pointers = (x.data_ptr(), *[0] * 5, mean.data_ptr(), invstd.data_ptr(), y.data_ptr())
+    packed = cpu._pack_forward(64, 64, 56 * 56, 0, 0, 1, True, False, *pointers, 0.1, 1e-5)
     inside, seen, stop = [False], [False], [False]
 
     def call() -> None:
         while not stop[0]:
             inside[0] = True
-            library.bnkit_batch_norm_forward(*arguments)
+            library.bnkit_batch_norm_forward(packed)
             inside[0] = False
             threading.Event().wait(1e-3)
 

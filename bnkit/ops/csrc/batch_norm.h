@@ -22,11 +22,12 @@ enum bnkit_activation {
     BNKIT_TANH
 };
 
-/* "real" below: double for float64, else float. "elem": the activations' type. */
+/* "real" below: double for float64, else float. "elem": the activations' type. The caller fills in all but `stream`, and
+ * packs these two in this order: cpu.py. */
 typedef struct {
     int64_t outer, channels, inner;
-    int activation;
-    int threads;
+    int dtype, activation;
+    int threads;            /* at most */
     bool training;
     bool stream;            /* y goes past the caches */
     const void *x;          /* elem (outer, channels, inner) */
@@ -43,7 +44,7 @@ typedef struct {
 
 typedef struct {
     int64_t outer, channels, inner;
-    int activation;
+    int dtype, activation;
     int threads;
     bool training;          /* mean and invstd depend on x */
     bool stream;

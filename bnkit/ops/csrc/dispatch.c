@@ -110,42 +110,33 @@ static bool same_alignment(const void *a, const void *b)
 
 EXPORT const char *bnkit_instruction_set(void) { return chosen.name; }
 
-EXPORT int bnkit_batch_norm_forward(int dtype, int activation, int training, int threads, int64_t outer,
-                                    int64_t channels, int64_t inner, const void *x, const void *residual,
-                                    const void *weight, const void *bias, void *running_mean, void *running_var,
-                                    double *mean, double *invstd, void *y, double momentum, double eps)
+/* `packed` is a bnkit_forward at any address; 0 if memory for partial sums is refused. */
+EXPORT int bnkit_batch_norm_forward(const void *packed)
 {
-    const int64_t elements = outer * channels * inner;
-    const size_t bytes = bytes_of(dtype, elements);
-    flatten_single_channel(&outer, channels, &inner);
-    bnkit_advise_output(y, bytes);
-    const bnkit_forward f = {
-        .outer = outer, .channels = channels, .inner = inner, .activation = activation,
-        .threads = threads_for(elements, threads), .training = training, .stream = bytes > STREAMED_BYTES,
-        .x = x, .residual = residual, .weight = weight, .bias = bias, .running_mean = running_mean,
-        .running_var = running_var, .mean = mean, .invstd = invstd, .y = y, .momentum = momentum, .eps = eps,
-    };
-    return chosen.kernels[dtype]->forward(&f);
+    bnkit_forward f;
+    memcpy(&f, packed, sizeof f);
+    const int64_t elements = f.outer * f.channels * f.inner;
+    const size_t bytes = bytes_of(f.dtype, elements);
+    flatten_single_channel(&f.outer, f.channels, &f.inner);
+    bnkit_advise_output(f.y, bytes);
+    f.threads = threads_for(elements, f.threads);
+    f.stream = bytes > STREAMED_BYTES;
+    return chosen.kernels[f.dtype]->forward(&f);
 }
 
-EXPORT int bnkit_batch_norm_backward(int dtype, int activation, int training, int threads, int64_t outer,
-                                     int64_t channels, int64_t inner, const void *dy, const void *x,
-                                     const void *residual, const void *weight, const void *bias, const double *mean,
-                                     const double *invstd, void *dx, void *dresidual, void *dweight, void *dbias)
+/* Likewise a bnkit_backward. */
+EXPORT int bnkit_batch_norm_backward(const void *packed)
 {
-    const int64_t elements = outer * channels * inner;
-    const size_t bytes = bytes_of(dtype, elements);
-    flatten_single_channel(&outer, channels, &inner);
-    bnkit_advise_output(dx, bytes);
-    bnkit_advise_output(dresidual, bytes);
-    const bnkit_backward g = {
-        .outer = outer, .channels = channels, .inner = inner, .activation = activation,
-        .threads = threads_for(elements, threads), .training = training,
-        .stream = bytes > STREAMED_BYTES && same_alignment(dx, dresidual),
-        .dy = dy, .x = x, .residual = residual, .weight = weight, .bias = bias, .mean = mean, .invstd = invstd,
-        .dx = dx, .dresidual = dresidual, .dweight = dweight, .dbias = dbias,
-    };
-    return chosen.kernels[dtype]->backward(&g);
+    bnkit_backward g;
+    memcpy(&g, packed, sizeof g);
+    const int64_t elements = g.outer * g.channels * g.inner;
+    const size_t bytes = bytes_of(g.dtype, elements);
+    flatten_single_channel(&g.outer, g.channels, &g.inner);
+    bnkit_advise_output(g.dx, bytes);
+    bnkit_advise_output(g.dresidual, bytes);
+    g.threads = threads_for(elements, g.threads);
+    g.stream = bytes > STREAMED_BYTES && same_alignment(g.dx, g.dresidual);
+    return chosen.kernels[g.dtype]->backward(&g);
 }
 
 EXPORT void bnkit_transpose(int dtype, int threads, int64_t outer, int64_t rows, int64_t columns, const void *in,
