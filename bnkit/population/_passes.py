@@ -45,7 +45,10 @@ class Job:
 
     def total(self) -> int | None:
         """Batches of one pass, if that is known."""
-        length = len(self.data) if hasattr(self.data, "__len__") else None  # pyright: ignore[reportArgumentType]
+        try:
+            length = len(self.data)  # pyright: ignore[reportArgumentType]
+        except TypeError:  # a DataLoader has the method, also where its data set lacks it
+            length = None
         known = [n for n in (length, self.num_batches) if n is not None]
         return min(known, default=None)
 

@@ -330,6 +330,27 @@ def test_no_data_changes_nothing(method):
     assert result.not_run == ["1", "5"]
 
 
+class Stream(torch.utils.data.IterableDataset):
+    """Samples that come from somewhere, nobody knows how many."""
+
+    def __init__(self, samples):
+        self.samples = samples
+
+    def __iter__(self):
+        return iter(self.samples)
+
+
+@pytest.mark.parametrize("method", ["pooled", "layerwise"])
+def test_a_loader_of_a_data_set_without_a_length(method):
+    x, totals = torch.randn(10, 3), []
+    layer = nn.BatchNorm1d(3)
+    loader = torch.utils.data.DataLoader(Stream(x), batch_size=4)
+    result = recalibrate(layer, loader, method, progress=lambda done, total: totals.append(total))
+    close(layer.running_var, moments(x)[1])
+    assert result.batches == 3
+    assert totals == [None] * 3
+
+
 def test_pairs_dicts_forward_and_a_bare_tensor():
     x = torch.randn(6, 3)
     expected = moments(x)[0]
