@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_flatten
 
 from .._checks import UserError
 from .._modes import evaluating
@@ -70,7 +71,8 @@ class Probe:
         self._policy: Policy = batch_statistics
         self._last: str | None = None
         self._calls: dict[str, int] = {}
-        self._each_once = False
+        self._form: Any = None
+        self._each_once: dict[Any, bool] = {None: False}
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
@@ -93,7 +95,7 @@ class Probe:
     def read(self, batch: Any, policy: Policy, until: str | None = None) -> list[Reading]:
         """The readings of one forward pass, in the order of execution.
 
-        It ends at the last layer, which is known once some pass has shown that no layer runs twice.
+        It ends at the last layer, which is known once passes over batches of the same form have run each layer once.
 
         Args:
             batch: what the loader gave.
@@ -101,11 +103,13 @@ class Probe:
             until: end at the last call of this layer already.
         """
         self._readings, self._policy, self._last = [], policy, until
+        self._form = _form(batch)
         try:
             feed(self._model, batch, self._forward)
             counts = collections.Counter(reading.layer for reading in self._readings)
             self._calls = {name: max(counts[name], self._calls.get(name, 0)) for name in self._layers}
-            self._each_once = all(calls == 1 for calls in self._calls.values())
+            once = all(counts[name] == 1 for name in self._layers)
+            self._each_once[self._form] = once and self._each_once.get(self._form, True)
         except _AllMeasured:
             pass
         return self._readings
@@ -132,9 +136,18 @@ class Probe:
             calls = self._calls.get(self._last, 0)
             seen = [reading.layer for reading in self._readings]
             return seen[-1] == self._last and seen.count(self._last) >= calls > 0
-        if not self._each_once or len(self._readings) < len(self._layers):
+        if not self._each_once.get(self._form) or len(self._readings) < len(self._layers):
             return False
         return len({reading.layer for reading in self._readings}) == len(self._layers)
+
+
+def _form(batch: Any) -> Any:
+    """What of a batch decides how often layers run: a sequence of another length may go through one more often.
+
+    None for a batch of anything but tensors, which may say so in another way.
+    """
+    leaves, spec = tree_flatten(batch)
+    return (spec, *(leaf.shape for leaf in leaves)) if all(isinstance(leaf, Tensor) for leaf in leaves) else None
 
 
 @contextlib.contextmanager

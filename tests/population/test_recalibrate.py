@@ -453,6 +453,36 @@ def test_control_flow_by_batch():
     assert (result.layers["a"].batches, result.layers["b"].batches) == (4, 1)
 
 
+class Steps(nn.Module):
+    """Runs its layer once for each step of a sequence, and as often as a batch may say."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+
+    def forward(self, x, times=1):
+        for _ in range(times):
+            for step in x.unbind(1):
+                self.norm(step)
+
+
+@pytest.mark.parametrize("method", ["pooled", "batch", "layerwise"])
+def test_a_layer_that_runs_once_for_some_batches(method):
+    data = [torch.randn(4, steps, 3) + torch.arange(steps)[:, None] for steps in (1, 5, 1, 3)]
+    model = Steps()
+    result = recalibrate(model, data, method)
+    assert result.layers["norm"].batches == 10
+    steps = [x[:, i] for x in data for i in range(x.shape[1])]
+    close(model.norm.running_mean, moments(torch.cat(steps))[0])
+
+
+def test_a_batch_that_says_how_often():
+    x, y = torch.randn(4, 1, 3), torch.randn(4, 1, 3) + 9
+    model = Steps()
+    recalibrate(model, [{"x": x, "times": 1}, {"x": y, "times": 3}])
+    close(model.norm.running_mean, moments(torch.cat([x[:, 0], *[y[:, 0]] * 3]))[0])
+
+
 def test_compiled_and_wrapped_models():
     model, data = net(), batches(4, 3)
     other = copy.deepcopy(model)
