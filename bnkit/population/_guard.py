@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.hooks import RemovableHandle
 
+from ._copies import UpdatingCopies
 from ._layers import batch_norms, refuse_compiled, unwrapped
 
 
@@ -33,11 +33,8 @@ class guard_statistics:
 
     def __init__(self, model: nn.Module) -> None:
         refuse_compiled(model, "guard_statistics")
-        self._handles: list[RemovableHandle] = []
-        for layer in batch_norms(unwrapped(model)).values():
-            kept: dict[str, Tensor] = {}
-            self._handles.append(layer.register_forward_pre_hook(_Before(kept)))
-            self._handles.append(layer.register_forward_hook(_After(kept), always_call=True))
+        layers = batch_norms(unwrapped(model)).values()
+        self._handles = [UpdatingCopies(layer, _take_over_if_finite) for layer in layers]
 
     def remove(self) -> None:
         """Guard no longer."""
@@ -53,36 +50,8 @@ class guard_statistics:
         self.remove()
 
 
-class _Before:
-    """Let the layer update copies of its statistics.
-
-    Copies, because autograd keeps what the layer updated for the backward pass, and forbids to write to it after.
-    """
-
-    def __init__(self, kept: dict[str, Tensor]) -> None:
-        self._kept = kept
-
-    def __call__(self, layer: _BatchNorm, _: Any) -> None:
-        if layer.training and layer.track_running_stats:
-            self._kept.update({key: b for key, b in layer._buffers.items() if b is not None})
-            layer._buffers.update({key: b.clone() for key, b in self._kept.items()})
-
-
-class _After:
-    """Take the updated statistics over if they are finite."""
-
-    def __init__(self, kept: dict[str, Tensor]) -> None:
-        self._kept = kept
-
-    def __call__(self, layer: _BatchNorm, _: Any, y: Any) -> None:
-        if not self._kept:
-            return
-        new = {key: layer._buffers[key] for key in self._kept}
-        layer._buffers.update(self._kept)
-        with torch.no_grad():
-            finite = torch.stack([b.isfinite().all() for b in new.values() if b is not None]).all()
-            for key, old in self._kept.items():
-                updated = new[key]
-                assert updated is not None
-                old.copy_(torch.where(finite, updated, old))
-        self._kept.clear()
+@torch.no_grad()
+def _take_over_if_finite(own: Mapping[str, Tensor], copies: Mapping[str, Tensor]) -> None:
+    finite = torch.stack([copy.isfinite().all() for copy in copies.values()]).all()
+    for key, old in own.items():
+        old.copy_(torch.where(finite, copies[key], old))

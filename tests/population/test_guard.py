@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from nets import batches, buffers, net, same
@@ -68,3 +71,58 @@ def test_eval_mode_and_compiled():
     assert same(before, model.buffers())
     with pytest.raises(UserError, match="guard_statistics works through hooks"):
         guard_statistics(torch.compile(model))
+
+
+def test_it_nests():
+    layer, x = nn.BatchNorm1d(3), torch.randn(6, 3)
+    expected, tensors = nn.BatchNorm1d(3), list(layer.buffers())
+    expected(x)
+    outer = guard_statistics(layer)
+    with guard_statistics(layer):
+        layer(x)
+        layer(x * float("nan"))
+    assert all(a is b for a, b in zip(tensors, layer.buffers(), strict=True))
+    assert same(buffers(expected), layer.buffers())
+    outer.remove()
+    layer(x)
+    assert layer.num_batches_tracked == 2
+
+
+class Interrupted(nn.BatchNorm1d):
+    """Ctrl-C comes in the middle of a pass, the first time."""
+
+    ready = False
+
+    def forward(self, x):
+        y = super().forward(x)
+        if not self.ready:
+            self.ready = True
+            raise KeyboardInterrupt
+        return y
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_an_interrupted_pass_leaves_the_layer_its_buffers(goes_on):
+    layer, x = Interrupted(3), torch.randn(6, 3)
+    tensors = list(layer.buffers())
+    guard = guard_statistics(layer)
+    with pytest.raises(KeyboardInterrupt):
+        layer(x)
+    if goes_on:
+        layer(x)
+    guard.remove()
+    assert all(a is b for a, b in zip(tensors, layer.buffers(), strict=True))
+    assert layer.num_batches_tracked == int(goes_on)
+
+
+def test_compiled_afterwards_copied_and_pickled():
+    model, x = nn.Sequential(nn.BatchNorm1d(3)), torch.randn(6, 3)
+    guard_statistics(model)
+    for guarded in (torch.compile(model, backend="eager"), copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        tensors = list(guarded.buffers())
+        guarded(x)
+        guarded(x * float("nan"))
+        assert all(a is b for a, b in zip(tensors, guarded.buffers(), strict=True))
+        assert [int(b) for b in tensors if b.dim() == 0] == [1]
+        assert all(b.isfinite().all() for b in tensors)
+        model[0].reset_running_stats()
