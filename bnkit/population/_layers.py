@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -9,7 +11,15 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import UninitializedBuffer
 
 from .._checks import UserError
-from ..nn import FrozenBatchNorm, FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d, RecurrentBatchNorm
+from ..nn import (
+    DomainBatchNorm,
+    FrozenBatchNorm,
+    FrozenBatchNorm1d,
+    FrozenBatchNorm2d,
+    FrozenBatchNorm3d,
+    RecurrentBatchNorm,
+    use_domain,
+)
 
 _FROZEN = (FrozenBatchNorm, FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d)
 
@@ -48,16 +58,37 @@ def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
     return {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
 
 
-def statistics_of(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
+Domain = int | str | None
+"""One of those that a layer keeps statistics for; None for a layer without, or for the current one."""
+
+
+def domains_of(layer: _BatchNorm) -> tuple[Domain, ...]:
+    """The domains of a layer, (None,) if it has none."""
+    return layer.domains if isinstance(layer, DomainBatchNorm) else (None,)
+
+
+def domain_of(layer: _BatchNorm) -> Domain:
+    """The layer's current domain."""
+    return layer.domain if isinstance(layer, DomainBatchNorm) else None
+
+
+def buffers_of(layer: _BatchNorm, domain: Domain = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The layer's running mean, variance and count of batches: its own tensors, or views of them."""
+    with contextlib.nullcontext() if domain is None else use_domain(layer, domain):
+        assert layer.running_mean is not None
+        assert layer.running_var is not None
+        return layer.running_mean, layer.running_var, layer.num_batches_tracked
+
+
+def statistics_of(layer: _BatchNorm, domain: Domain = None) -> tuple[Tensor, Tensor]:
     """The layer's running mean and variance."""
-    assert layer.running_mean is not None
-    assert layer.running_var is not None
-    return layer.running_mean, layer.running_var
+    return buffers_of(layer, domain)[:2]
 
 
-def tracked(layer: _BatchNorm) -> int:
+def tracked(layer: _BatchNorm, domain: Domain = None) -> int:
     """How many batches went into the layer's statistics; 0 where it does not count."""
-    return 0 if layer.num_batches_tracked is None else int(layer.num_batches_tracked)
+    count = buffers_of(layer, domain)[2]
+    return 0 if count is None else int(count)
 
 
 def measurable(model: nn.Module) -> tuple[dict[str, _BatchNorm], dict[str, str]]:

@@ -20,7 +20,7 @@ from ..graph import Forward, feed
 from ..moments import Moments
 from ..nn import DomainBatchNorm, MaskedBatchNorm
 from ._kernel import does_as_known, moments_of, normalized
-from ._layers import statistics_of
+from ._layers import Domain, domain_of, statistics_of
 
 Statistics = tuple[Tensor, Tensor]
 """Mean and variance, each (C,)."""
@@ -66,6 +66,7 @@ class Probe:
 
     def __init__(self, model: nn.Module, layers: Mapping[str, _BatchNorm], forward: Forward | None) -> None:
         self._model, self._layers, self._forward = model, layers, forward
+        self._domains = {name: domain_of(layer) for name, layer in layers.items()}
         self._known = {name for name, layer in layers.items() if does_as_known(layer)}
         self._readings: list[Reading] = []
         self._policy: Policy = batch_statistics
@@ -117,9 +118,9 @@ class Probe:
     def _call(self, name: str, forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """In the place of a layer's forward pass."""
         layer = self._layers[name]
-        x = entering(layer, args, kwargs)
-        if x is None:
+        if domain_of_call(layer, kwargs) != self._domains[name]:
             return forward(*args, **kwargs)
+        x = entering(layer, args, kwargs)
         at_once = self._policy is batch_statistics and name in self._known
         y, moments = (at_once and normalized(layer, *args, **kwargs)) or (None, moments_of(x))
         reading = Reading(name, moments, x.shape[0])
@@ -128,7 +129,7 @@ class Probe:
             raise _AllMeasured
         if y is not None:
             return y
-        with _using(layer, self._policy(reading)):
+        with _using(layer, self._domains[name], self._policy(reading)):
             return forward(*args, **kwargs)
 
     def _nothing_left(self) -> bool:
@@ -151,24 +152,28 @@ def _form(batch: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _using(layer: _BatchNorm, statistics: Statistics | None) -> Iterator[None]:
+def _using(layer: _BatchNorm, domain: Domain, statistics: Statistics | None) -> Iterator[None]:
     """The layer normalizes with these statistics, or copies of its own, whatever it does to them."""
     own = dict(layer._buffers)
     try:
         layer._buffers.update({key: None if b is None else b.clone() for key, b in own.items()})
         if statistics is not None:
-            for buffer, values in zip(statistics_of(layer), statistics, strict=True):
+            for buffer, values in zip(statistics_of(layer, domain), statistics, strict=True):
                 buffer.copy_(values)
         yield
     finally:
         layer._buffers.update(own)
 
 
-def entering(layer: _BatchNorm, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """The values that count in a call of the layer, (N, C) or (N, C, *); None if they are another domain's."""
+def domain_of_call(layer: _BatchNorm, kwargs: Mapping[str, Any]) -> Domain:
+    """Whose statistics a call of the layer uses."""
+    domain = kwargs.get("domain") if isinstance(layer, DomainBatchNorm) else None
+    return domain_of(layer) if domain is None else domain
+
+
+def entering(layer: _BatchNorm, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The values that count in a call of the layer, (N, C) or (N, C, *)."""
     input, *others = (*args, *kwargs.values())  # the first is the input, also by keyword
-    if isinstance(layer, DomainBatchNorm) and kwargs.get("domain") not in (None, layer.domain):
-        return None
     if isinstance(layer, MaskedBatchNorm):
         mask = kwargs.get("mask", others[0] if len(args) > 1 else None)
         if mask is not None:

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .._checks import require
 from ..graph import Forward
 from ._estimate import Estimator, Found
-from ._layers import measurable, statistics_of, tracked, unwrapped
+from ._layers import buffers_of, domain_of, measurable, tracked, unwrapped
 from ._measure import Policy, Probe, batch_statistics, check_finite
 from ._progress import Progress, shown
 from ._ranks import Ranks
@@ -39,6 +39,7 @@ class Job:
         )
         self.model = unwrapped(self.model)
         self.layers, self.skipped = measurable(self.model)
+        self.domains = {name: domain_of(layer) for name, layer in self.layers.items()}
         self.data = [self.data] if isinstance(self.data, (Tensor, Mapping)) else self.data
         self.batches, self.passes = 0, 0
         self.nonfinite: list[int] = []
@@ -133,19 +134,19 @@ def conclude(job: Job, method: str, found: Mapping[str, Found], counts: Mapping[
     """Write what came out, with the `counts` of batches, and report."""
     not_run = [name for name, layer in found.items() if layer.samples == 0]
     skipped = dict(job.skipped)
-    drifts, update, targets = {}, {}, {}
+    drifts, updates, targets = {}, [], {}
     for name, new in found.items():
-        layer = job.layers[name]
+        layer, domain = job.layers[name], job.domains[name]
         if new.measured is None or new.after is None:
             if name not in not_run:
                 skipped[name] = "one value a channel in all its batches has no variance"
             continue
-        mean, var = statistics_of(layer)
+        mean, var, _ = buffers = buffers_of(layer, domain)
         before, after = (mean.clone(), var.clone()), (new.after[0].to(mean), new.after[1].to(var))
         drifts[name] = Drift(before, after, new.measured, new.batches, new.samples)
-        update[layer] = (after, counts[name])
-        targets[name] = (layer, tracked(layer))
-    write(update)
+        updates.append((buffers, after, counts[name]))
+        targets[name] = (layer, domain, tracked(layer, domain))
+    write(updates)
     return Recalibration(
         method, job.batches, job.num_batches, job.passes, drifts, skipped, not_run, sorted(job.nonfinite), targets
     )

@@ -90,5 +90,5 @@ def recalibrate(
         "layerwise, or distributed=False.",
     )
     found = measure(job, METHODS[method], method == "layerwise")
-    before = {name: tracked(layer) if method == "moving" else 0 for name, layer in job.layers.items()}
-    return conclude(job, method, found, {name: before[name] + layer.batches for name, layer in found.items()})
+    start = {n: tracked(layer, job.domains[n]) if method == "moving" else 0 for n, layer in job.layers.items()}
+    return conclude(job, method, found, {name: start[name] + layer.batches for name, layer in found.items()})

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ._layers import statistics_of
+from ._layers import Domain, buffers_of
 from ._measure import Statistics
 
 
@@ -82,7 +82,7 @@ class Recalibration:
     skipped: dict[str, str]
     not_run: list[str]
     nonfinite: list[int]
-    _targets: dict[str, tuple[_BatchNorm, int | None]] = dataclasses.field(default_factory=dict)
+    _targets: dict[str, tuple[_BatchNorm, Domain, int]] = dataclasses.field(default_factory=dict)
 
     @property
     def short(self) -> bool:
@@ -91,7 +91,8 @@ class Recalibration:
 
     def undo(self) -> None:
         """Give all layers the statistics they had before."""
-        write({layer: (self.layers[name].before, count) for name, (layer, count) in self._targets.items()})
+        targets = self._targets.items()
+        write([(buffers_of(layer, domain), self.layers[name].before, n) for name, (layer, domain, n) in targets])
 
     def __repr__(self) -> str:
         data = f"{_counted(self.batches, 'batch', 'batches')}, {self.method}"
@@ -131,27 +132,22 @@ def _list(title: str, rows: Sequence[tuple[str, str]]) -> list[str]:
     ]
 
 
-Update = dict[_BatchNorm, tuple[Statistics, int | None]]
-"""New mean, variance and count of batches (None to leave it) of each layer."""
+Update = tuple[tuple[Tensor, Tensor, Tensor | None], Statistics, int | None]
+"""A layer's buffers, and what they are to be: mean and variance, and count of batches (None to leave it)."""
 
 
-def write(update: Update) -> None:
+def write(updates: Sequence[Update]) -> None:
     """Write all new statistics in place, or none of them: an interruption takes back what was written."""
-    before = {tensor: tensor.clone() for layer in update for tensor in _buffers(layer)}
+    before = {tensor: tensor.clone() for buffers, *_ in updates for tensor in buffers if tensor is not None}
     try:
         with torch.no_grad():
-            for layer, (statistics, count) in update.items():
-                for tensor, new in zip(statistics_of(layer), statistics, strict=True):
-                    tensor.copy_(new)
-                if layer.num_batches_tracked is not None and count is not None:
-                    layer.num_batches_tracked.fill_(count)
+            for (mean, var, tracked), statistics, count in updates:
+                mean.copy_(statistics[0])
+                var.copy_(statistics[1])
+                if tracked is not None and count is not None:
+                    tracked.fill_(count)
     except BaseException:
         with torch.no_grad():
             for tensor, old in before.items():
                 tensor.copy_(old)
         raise
-
-
-def _buffers(layer: _BatchNorm) -> list[Tensor]:
-    count = layer.num_batches_tracked
-    return [*statistics_of(layer), *([] if count is None else [count])]

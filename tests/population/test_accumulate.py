@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import bnkit
 from bnkit import UserError
-from bnkit.population import accumulation
+from bnkit.population import accumulation, guard_statistics, preserve_statistics
 
 SIZES = (4, 1, 7)
 
@@ -107,3 +107,50 @@ def test_compiled_models_are_refused():
         accumulation(torch.compile(net())),
     ):
         pass
+
+
+def test_passes_inside_preserve_statistics_do_not_count():
+    layer, x = nn.BatchNorm1d(3, momentum=1.0), torch.randn(6, 3)
+    with accumulation(layer):
+        layer(x)
+        with preserve_statistics(layer):
+            layer(x + 100)
+    close(layer.running_mean, moments(x)[0])
+    before = buffers(layer)
+    with preserve_statistics(layer), accumulation(layer):
+        layer(x + 100)
+    assert same(before, layer.buffers())
+
+
+def test_each_domain_gets_its_own():
+    layer = bnkit.nn.DomainBatchNorm(3, ("a", "b", "c"), momentum=1.0)
+    data = {"a": [torch.randn(5, 3)], "b": [torch.randn(4, 3) + 9, torch.randn(2, 3)]}
+    with accumulation(layer):
+        layer(data["b"][0], domain="b")
+        layer(data["a"][0])
+        with bnkit.nn.use_domain(layer, "b"):
+            layer(data["b"][1])
+    for i, parts in enumerate(data.values()):
+        mean, var = moments(torch.cat(parts))
+        close(layer.running_means[i], mean)
+        close(layer.running_vars[i], var)
+    assert layer.batches_tracked.tolist() == [1, 1, 0]
+
+
+def test_time_steps_are_left_to_training():
+    model = nn.Sequential(bnkit.nn.RecurrentBatchNorm(3, max_length=2))
+    other, x = copy.deepcopy(model), torch.randn(4, 2, 3)
+    with accumulation(model):
+        model(x)
+    other(x)
+    assert same(buffers(other), model.buffers())
+
+
+def test_a_guard_outside_and_inside():
+    layer, data = nn.BatchNorm1d(3, momentum=1.0), torch.randn(2, 6, 3)
+    tensors = list(layer.buffers())
+    with guard_statistics(layer), accumulation(layer), guard_statistics(layer):
+        for x in data:
+            layer(x)
+    close(layer.running_var, moments(data.flatten(0, 1))[1])
+    assert all(a is b for a, b in zip(tensors, layer.buffers(), strict=True))

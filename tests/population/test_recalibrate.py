@@ -187,6 +187,44 @@ def test_only_the_current_domain_is_measured():
     assert result.not_run == [""]
 
 
+@pytest.mark.parametrize("method", ["pooled", "layerwise"])
+def test_calls_in_another_domain_do_not_count(method):
+    model = nn.Sequential(bnkit.nn.DomainBatchNorm(3, ("a", "b")), bnkit.nn.DomainBatchNorm(3, ("a", "b")))
+    data = [(torch.randn(6, 3), "a"), (torch.randn(4, 3) + 10, "b")]
+
+    def in_its_domain(model, batch):
+        with bnkit.nn.use_domain(model, batch[1]):
+            return model(batch[0])
+
+    recalibrate(model, data, method, forward=in_its_domain)
+    close(model[0].running_means[0], moments(data[0][0])[0])
+    assert not model[0].running_means[1].any()
+
+
+def test_a_domain_named_in_the_call_is_normalized_with_its_own():
+    model = nn.Sequential(bnkit.nn.DomainBatchNorm(3, ("a", "b")), bnkit.nn.DomainBatchNorm(3, ("a", "b")))
+    x = torch.randn(6, 3) + 10
+
+    def named(model, x):
+        with bnkit.nn.use_domain(model, "a"):
+            return model[1](model[0](x, domain="b"), domain="b")
+
+    with bnkit.nn.use_domain(model, "b"):
+        recalibrate(model, [x], forward=named)
+    close(model[0].running_means[1], moments(x)[0])
+    torch.testing.assert_close(model[1].running_means[1], torch.zeros(3), rtol=0, atol=1e-5)
+
+
+def test_undo_knows_the_domain():
+    layer = bnkit.nn.DomainBatchNorm(3, ("a", "b"))
+    before = buffers(layer)
+    with bnkit.nn.use_domain(layer, "b"):
+        result = recalibrate(layer, [torch.randn(6, 3) + 2])
+    assert not same(before, layer.buffers())
+    result.undo()
+    assert same(before, layer.buffers())
+
+
 @pytest.mark.parametrize("call", [lambda m, b: m(b[0], b[1]), lambda m, b: m(b[0], mask=b[1][:, None])])
 def test_padding_does_not_count(call):
     layer, x, mask = bnkit.nn.MaskedBatchNorm(3), torch.randn(4, 3, 5), torch.rand(4, 5) < 0.6
