@@ -66,11 +66,11 @@ def _hooks(layers: Mapping[str, _BatchNorm], pools: Mapping[tuple[str, Domain], 
             recomputed = torch._C._current_graph_task_id() != -1  # by activation checkpointing, in the backward pass
             if recomputed or not (layer.training and layer.track_running_stats):
                 return
-            x = entering(layer, args, kwargs)
+            x, samples = entering(layer, args, kwargs)
             with torch.no_grad():
                 moments = moments_of(x)
             if not getattr(layer, "skip_nonfinite", False) or finite(moments):
-                pools[name, domain_of_call(layer, kwargs)].add([Reading(name, moments, x.shape[0])])
+                pools[name, domain_of_call(layer, kwargs)].add([Reading(name, moments, samples)])
 
         yield layer.register_forward_pre_hook(take_in, with_kwargs=True)
         yield UpdatingCopies(layer, lambda own, copies: None)

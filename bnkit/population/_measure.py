@@ -120,10 +120,10 @@ class Probe:
         layer = self._layers[name]
         if domain_of_call(layer, kwargs) != self._domains[name]:
             return forward(*args, **kwargs)
-        x = entering(layer, args, kwargs)
+        x, samples = entering(layer, args, kwargs)
         at_once = self._policy is batch_statistics and name in self._known
         y, moments = (at_once and normalized(layer, *args, **kwargs)) or (None, moments_of(x))
-        reading = Reading(name, moments, x.shape[0])
+        reading = Reading(name, moments, samples)
         self._readings.append(reading)
         if self._nothing_left():
             raise _AllMeasured
@@ -171,15 +171,17 @@ def domain_of_call(layer: _BatchNorm, kwargs: Mapping[str, Any]) -> Domain:
     return domain_of(layer) if domain is None else domain
 
 
-def entering(layer: _BatchNorm, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """The values that count in a call of the layer, (N, C) or (N, C, *)."""
-    input, *others = (*args, *kwargs.values())  # the first is the input, also by keyword
+def entering(layer: _BatchNorm, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, int]:
+    """The values that count in a call of the layer, (N, C) or (N, C, *), and how many samples have some."""
+    first = next(iter((*args, *kwargs.values())))  # timm calls it x
+    input = kwargs.get("input", first)
     if isinstance(layer, MaskedBatchNorm):
-        mask = kwargs.get("mask", others[0] if len(args) > 1 else None)
+        mask = args[1] if len(args) > 1 else kwargs.get("mask")
         if mask is not None:
             mask = mask.squeeze(1) if mask.dim() == input.dim() else mask
-            return input.movedim(1, -1)[mask.expand(input.shape[0], *input.shape[2:])]
-    return input
+            mask = mask.expand(input.shape[0], *input.shape[2:])
+            return input.movedim(1, -1)[mask], int(mask.unsqueeze(1).flatten(1).any(1).sum())
+    return input, input.shape[0] if input.numel() else 0
 
 
 def finite(moments: Moments) -> bool:

@@ -22,7 +22,7 @@ class Drift:
         after: as they are now; copies.
         measured: those of the data; `after`, except where `adapt` blends them with `before`.
         batches: calls of the layer that went into it.
-        samples: their samples, counted by the first dimension of the layer's input.
+        samples: their samples, counted by the first dimension of the layer's input; those that are all padding, not.
     """
 
     before: Statistics

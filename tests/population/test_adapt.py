@@ -74,6 +74,26 @@ def test_a_single_vector_tells_nothing_about_variance():
     close(layer.running_var, var)
 
 
+@pytest.mark.parametrize("shape", [(8, 3), (8, 3, 50), (8, 3, 5, 10)])
+def test_padded_samples_weigh_as_samples(shape):
+    layer, x = bnkit.nn.MaskedBatchNorm(3), torch.randn(shape) + 4
+    mask = torch.rand(8, *shape[2:]) < 0.9
+    mask[2:4] = False
+    mask[0] = mask[5] = True
+    n = int(mask.unsqueeze(1).flatten(1).any(1).sum())
+    result = adapt(layer, [{"input": x, "mask": mask}, {"input": x, "mask": mask & False}], source_weight=16)
+    assert result.layers[""].samples == n
+    mean = moments(x.movedim(1, -1)[mask].T[None])[0]
+    close(layer.running_mean, n * mean / (16 + n))
+
+
+def test_samples_without_values_weigh_nothing():
+    layer, x = randomized(nn.BatchNorm1d(3)), torch.randn(8, 3, 5)
+    source = layer.running_mean.double()
+    adapt(layer, [x, x[..., :0]], source_weight=8)
+    close(layer.running_mean, (source + moments(x)[0]) / 2)
+
+
 def test_drift_is_that_of_the_domain_whatever_the_weight():
     model, data = net(), batches(9)
     one, other = (adapt(copy.deepcopy(model), data, w, "layerwise").layers["1"].distance for w in (1, 1000))

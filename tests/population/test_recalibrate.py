@@ -225,7 +225,14 @@ def test_undo_knows_the_domain():
     assert same(before, layer.buffers())
 
 
-@pytest.mark.parametrize("call", [lambda m, b: m(b[0], b[1]), lambda m, b: m(b[0], mask=b[1][:, None])])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda m, b: m(b[0], b[1]),
+        lambda m, b: m(b[0], mask=b[1][:, None]),
+        lambda m, b: m(mask=b[1], input=b[0]),
+    ],
+)
 def test_padding_does_not_count(call):
     layer, x, mask = bnkit.nn.MaskedBatchNorm(3), torch.randn(4, 3, 5), torch.rand(4, 5) < 0.6
     recalibrate(layer, [(x, mask)], forward=call)
