@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .._checks import require, unknown
+from .._checks import UserError, require, unknown
 from ..graph import Forward
 from ..moments import Moments
 from ._estimate import Estimator, Found, Pooled
+from ._layers import statistics_of
 from ._measure import Policy, Reading, Statistics
 from ._passes import Job, conclude, measure
 from ._progress import Progress
@@ -61,18 +64,31 @@ def adapt(
         forward, num_batches, skip_nonfinite, distributed, group, progress: as in `recalibrate`.
 
     Raises:
-        UserError: `source_weight` negative, unknown method, or as in `recalibrate`.
+        UserError: `source_weight` negative, unknown method, source statistics that are not finite (unless they weigh
+            nothing), or as in `recalibrate`.
     """
     require(source_weight >= 0, f"source_weight must not be negative, got {source_weight}: 0 means the target alone.")
     if method not in ("pooled", "layerwise"):
         raise unknown("method", method, ("pooled", "layerwise"))
     job = Job(model, data, forward, num_batches, skip_nonfinite, Ranks(distributed, group), progress)
+    if source_weight > 0:
+        _check_source(job)
 
     def new_estimator(layers: Mapping[str, _BatchNorm]) -> Blend:
         return Blend(layers, source_weight)
 
     found = measure(job, new_estimator, method == "layerwise", _blend_so_far)
     return conclude(job, f"adapted, {method}", found, dict.fromkeys(found))
+
+
+def _check_source(job: Job) -> None:
+    """Raise on all ranks if a layer's statistics on one of them are not finite."""
+    mine = [n for n, layer in job.layers.items() if not torch.stack(statistics_of(layer)).isfinite().all()]
+    for name in itertools.chain.from_iterable(job.ranks.agree(mine)):
+        raise UserError(
+            f"statistics to blend must be finite, got NaN or infinity in those of {name or 'the model'}: "
+            "recalibrate on data of the source first, or pass source_weight=0."
+        )
 
 
 class Blend(Pooled):
@@ -109,6 +125,8 @@ class Blend(Pooled):
         return moments.mean + moments.mean_error, var
 
     def _blended(self, name: str, target: Statistics, samples: int) -> Statistics:
+        if self._source_weight == 0:
+            return target  # whatever the source's are: NaN, blended with a weight of 0, is NaN
         share = samples / (self._source_weight + samples)
         mean, var = (old.lerp(new, share) for old, new in zip(self._source[name], target, strict=True))
         return mean, var

@@ -94,6 +94,21 @@ def test_samples_without_values_weigh_nothing():
     close(layer.running_mean, (source + moments(x)[0]) / 2)
 
 
+@pytest.mark.parametrize("method", ["pooled", "layerwise"])
+def test_a_source_that_is_not_finite(method):
+    model, other, data = net(), net(), batches(5, 3)
+    other.load_state_dict(model.state_dict())
+    model[1].running_var[2] = math.inf
+    model[5].running_mean.fill_(math.nan)
+    before = buffers(model)
+    with pytest.raises(UserError, match=r"got NaN or infinity in those of 1: recalibrate .* source_weight=0"):
+        adapt(model, data, method=method)
+    assert str(before) == str(buffers(model))
+    adapt(model, data, 0, method)
+    adapt(other, data, 0, method)
+    assert same(buffers(other), model.buffers())
+
+
 def test_drift_is_that_of_the_domain_whatever_the_weight():
     model, data = net(), batches(9)
     one, other = (adapt(copy.deepcopy(model), data, w, "layerwise").layers["1"].distance for w in (1, 1000))
