@@ -59,8 +59,9 @@ def average(
     result = copy.deepcopy(given[-1])
     with torch.no_grad():
         for name, tensor in _averaged(result, policy):
-            parts = [_tensor(model, name, tensor) for model in given]
-            tensor.copy_(torch.stack([share * part.double() for share, part in zip(shares, parts, strict=True)]).sum(0))
+            wide = torch.complex128 if tensor.is_complex() else torch.float64
+            parts = [(share, _tensor(model, name, tensor).to(wide)) for model, share in zip(given, shares, strict=True)]
+            tensor.copy_(torch.stack([share * part for share, part in parts if share]).sum(0))
     if policy == "recalibrate":
         assert data is not None
         recalibrate(result, data, **options)
@@ -151,7 +152,11 @@ class EMA(nn.Module):
         decay = self._decay_now(int(self.n_averaged))
         averaged = dict(_averaged(self.module, self.buffer_policy))
         for name, tensor in averaged.items():
-            tensor.lerp_(_tensor(model, name, tensor).to(tensor.dtype), 1 - decay)
+            new = _tensor(model, name, tensor).to(tensor.dtype)
+            if isinstance(tensor, nn.Parameter):
+                tensor.lerp_(new, 1 - decay)
+            else:  # What is equal stays: between two infinities, as in the mask of an attention, lerp gives NaN.
+                tensor.copy_(torch.where(tensor == new, tensor, tensor.lerp(new, 1 - decay)))
         for name, buffer in self.module.named_buffers():
             if name not in averaged and (self.buffer_policy != "recalibrate" or not buffer.is_floating_point()):
                 buffer.copy_(_tensor(model, name, buffer))

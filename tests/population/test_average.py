@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -74,6 +75,31 @@ def test_average_errors():
         average(models(2), buffers="recalibrate")
     with pytest.raises(UserError, match="one shape"):
         average([nn.Linear(3, 3), nn.Linear(4, 3)])
+
+
+class Attending(nn.Module):
+    """Has what networks other than plain ones have: complex weights, and a mask of infinities."""
+
+    def __init__(self):
+        super().__init__()
+        self.spectrum = nn.Parameter(torch.randn(4, dtype=torch.complex64))
+        self.register_buffer("mask", torch.full((3, 3), -math.inf).triu(1))
+
+
+def test_complex_weights():
+    a, b = Attending(), Attending()
+    torch.testing.assert_close(average([a, b], weights=[1, 3]).spectrum, (a.spectrum + 3 * b.spectrum) / 4)
+    ema, start = EMA(a, 0.5), a.spectrum.detach().clone()
+    ema.update(b)
+    torch.testing.assert_close(ema.module.spectrum, (start + b.spectrum.detach()) / 2)
+
+
+def test_infinities_stay():
+    model = Attending()
+    assert torch.equal(average([Attending(), model], weights=[0, 1]).mask, model.mask)
+    ema = EMA(model, 0.9)
+    ema.update(model)
+    assert torch.equal(ema.module.mask, model.mask)
 
 
 @pytest.mark.parametrize("policy", ["average", "copy"])
