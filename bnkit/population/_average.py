@@ -49,12 +49,17 @@ def average(
         options: passed on to `recalibrate`: `method="layerwise"`, `num_batches=100`.
 
     Raises:
-        UserError: no models, models of different parameters, weights that don't fit, unknown `buffers`, or
-            `"recalibrate"` without data.
+        UserError: no models, models of different parameters, weights that don't fit, unknown `buffers`,
+            `"recalibrate"` without data, or options without `"recalibrate"`.
     """
     given = [unwrapped(model) for model in ([models] if isinstance(models, nn.Module) else models)]
     policy = buffers if buffers is not None else ("average" if data is None else "recalibrate")
     _check(given, policy, data)
+    require(
+        policy == "recalibrate" or not options,
+        f"options are recalibrate's, which measures nothing with buffers={policy!r}, got {', '.join(options)}: "
+        "leave them out, or pass data.",
+    )
     shares = _shares(weights, len(given))
     result = copy.deepcopy(given[-1])
     with torch.no_grad():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from .._checks import require, unknown
 from ._average import EMA
 from ._guard import guard_statistics
 from ._recalibrate import recalibrate
@@ -50,6 +52,15 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
     """The hook of a callback that does not use it."""
 
 
+def _checked(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of `recalibrate`, refused now rather than when training ends."""
+    known = list(inspect.signature(recalibrate).parameters)[2:]
+    for name in options:
+        if name not in known:
+            raise unknown("option", name, known)
+    return options
+
+
 class RecalibrateCallback(Callback):
     """Recalibrate the model when training ends.
 
@@ -62,7 +73,7 @@ class RecalibrateCallback(Callback):
     """
 
     def __init__(self, data: Iterable[Any] | Callable[[], Iterable[Any]] | None = None, **options: Any) -> None:
-        self._data, self._options = data, options
+        self._data, self._options = data, _checked(options)
         self.result: Recalibration | None = None
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
@@ -84,7 +95,10 @@ class EMACallback(Callback):
 
     def __init__(self, decay: Any = 0.999, data: Iterable[Any] | None = None, **options: Any) -> None:
         self._arguments = {name: options.pop(name) for name in ("buffers", "device") if name in options}
-        self._decay, self._data, self._options = decay, data, options
+        self._decay, self._data, self._options = decay, data, _checked(options)
+        require(
+            data is not None or not options, f"without data nothing is measured, got {', '.join(options)}: pass data."
+        )
         self._loaded: dict[str, Any] | None = None
         self._step: int | None = None
 
@@ -93,6 +107,7 @@ class EMACallback(Callback):
         self.ema = EMA(pl_module, self._decay, **self._arguments)
         if self._loaded is not None:
             self.ema.load_state_dict(self._loaded)
+            self._loaded = None  # the next fit begins anew
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Note the steps so far; a checkpoint's are known only now."""
@@ -121,14 +136,17 @@ class EMACallback(Callback):
 class GuardCallback(Callback):
     """Keep batches that overflowed out of the running statistics while training: `guard_statistics`."""
 
+    _guard: guard_statistics | None = None
+
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin."""
         self._guard = guard_statistics(pl_module)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """End."""
-        self._guard.remove()
+        if self._guard is not None:
+            self._guard.remove()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """End, too."""
-        self._guard.remove()
+        """End, too; the exception may have come before the beginning."""
+        self.on_fit_end(trainer, pl_module)

@@ -73,6 +73,10 @@ def test_average_errors():
         average(models(2), buffers="cpoy")
     with pytest.raises(UserError, match="needs data"):
         average(models(2), buffers="recalibrate")
+    with pytest.raises(UserError, match=r"got wieghts: leave them out, or pass data"):
+        average(models(2), wieghts=[1, 3])
+    with pytest.raises(UserError, match="nothing with buffers='copy', got num_batches"):
+        average(models(2), batches(4), buffers="copy", num_batches=1)
     with pytest.raises(UserError, match="one shape"):
         average([nn.Linear(3, 3), nn.Linear(4, 3)])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import types
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from lightning_fabric import Fabric
 from nets import batches, buffers, close, moments, net, same
 
+from bnkit import UserError
 from bnkit.population import Callback, EMACallback, GuardCallback, RecalibrateCallback
 
 HOOKS = ["setup", "on_fit_start", "on_train_start", "on_train_epoch_start", "on_before_zero_grad", "on_save_checkpoint"]
@@ -56,6 +58,32 @@ def test_ema_updates_once_a_step():
     other.load_state_dict(callback.state_dict())
     other.on_fit_start(run, net())
     assert same(buffers(callback.ema), other.ema.buffers())
+
+
+def test_another_fit_begins_anew():
+    run, callback = trainer(None), EMACallback(0.5)
+    callback.on_fit_start(run, net())
+    saved, model = copy.deepcopy(callback.state_dict()), net()
+    callback.load_state_dict(saved)
+    callback.on_fit_start(run, net())
+    assert torch.equal(callback.ema.module[0].weight, saved["module.0.weight"])
+    callback.on_fit_start(run, model)
+    assert torch.equal(callback.ema.module[0].weight, model[0].weight)
+
+
+def test_options_are_refused_at_once():
+    with pytest.raises(UserError, match="unknown option 'num_batch': did you mean num_batches"):
+        RecalibrateCallback(num_batch=3)
+    with pytest.raises(UserError, match="unknown option 'buffer'"):
+        EMACallback(0.9, buffer="copy")
+    with pytest.raises(UserError, match="got num_batches: pass data"):
+        EMACallback(0.9, num_batches=3)
+
+
+def test_an_exception_before_training_is_not_hidden():
+    callback = GuardCallback()
+    callback.on_exception(None, net(), KeyError())
+    callback.on_fit_end(None, net())
 
 
 @pytest.mark.parametrize("end", ["on_fit_end", "on_exception"])
