@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from numbers import Integral
 from typing import Any
 
 from torch import Tensor, nn
@@ -34,8 +35,8 @@ class Job:
 
     def __post_init__(self) -> None:
         require(
-            self.num_batches is None or self.num_batches >= 0,
-            f"num_batches must not be negative, got {self.num_batches}: pass None for all.",
+            self.num_batches is None or (isinstance(self.num_batches, Integral) and self.num_batches >= 0),
+            f"num_batches must not be negative, nor a fraction, got {self.num_batches}: pass None for all.",
         )
         self.model = unwrapped(self.model)
         self.layers, self.skipped = measurable(self.model)
@@ -68,13 +69,16 @@ def measure(
         layerwise: measure each layer behind settled ones.
         policy: from an estimator so far, what unsettled layers normalize with.
     """
-    if layerwise and iter(job.data) is job.data:
-        job.data = list(itertools.islice(job.data, job.num_batches))  # it can be gone through only once
+    kept: list[Any] | None = [] if layerwise and isinstance(job.data, Iterator) else None
+    if kept is not None:  # it can be gone through only once
+        job.data = _keeping(job.data, kept)
     probe = Probe(job.model, job.layers, job.forward)
     with probe.attached(), shown(job.progress, job.total(), len(job.layers) if layerwise else 1) as step:
         estimator = new_estimator(job.layers)
         order = _one_pass(job, probe, estimator, policy(estimator), None, step)
         found = estimator.found()
+        if kept is not None:
+            job.data = kept
         if layerwise:
             settled = {name: found[name] for name in order[:1]}
             for name in order[1:]:
@@ -83,6 +87,12 @@ def measure(
                 settled |= estimator.found()
             found |= settled
     return {name: found[name] for name in (*order, *(name for name in found if name not in order))}
+
+
+def _keeping(data: Iterable[Any], kept: list[Any]) -> Iterator[Any]:
+    for batch in data:
+        kept.append(batch)
+        yield batch
 
 
 def _behind(settled: Mapping[str, Found], policy: Policy) -> Policy:
@@ -148,5 +158,14 @@ def conclude(job: Job, method: str, found: Mapping[str, Found], counts: Mapping[
         targets[name] = (layer, domain, tracked(layer, domain))
     write(updates)
     return Recalibration(
-        method, job.batches, job.num_batches, job.passes, drifts, skipped, not_run, sorted(job.nonfinite), targets
+        method,
+        job.batches,
+        job.num_batches,
+        job.passes,
+        drifts,
+        skipped,
+        not_run,
+        sorted(job.nonfinite),
+        job.ranks.size,
+        targets,
     )

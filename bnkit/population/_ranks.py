@@ -17,7 +17,8 @@ class Ranks:
         running = dist.is_available() and dist.is_initialized()
         require(running or not distributed, "distributed=True needs a process group: call init_process_group first.")
         self.group = group
-        self.several = running and distributed is not False and dist.get_world_size(group) > 1
+        self.size = max(1, dist.get_world_size(group)) if running and distributed is not False else 1
+        self.several = self.size > 1
 
     def agree(self, value: Any, error: BaseException | None = None) -> list[Any]:
         """Each rank's value, in their order.

@@ -72,6 +72,7 @@ class Recalibration:
         skipped: why each layer not measured was left alone, by name.
         not_run: layers that no forward pass called; their statistics are as they were.
         nonfinite: positions of the batches left out because of NaN or infinity (this rank's).
+        ranks: how many processes measured together.
     """
 
     method: str
@@ -82,12 +83,13 @@ class Recalibration:
     skipped: dict[str, str]
     not_run: list[str]
     nonfinite: list[int]
+    ranks: int = 1
     _targets: dict[str, tuple[_BatchNorm, Domain, int]] = dataclasses.field(default_factory=dict)
 
     @property
     def short(self) -> bool:
-        """Whether the data ended before `num_batches`."""
-        return self.num_batches is not None and self.batches < self.num_batches
+        """Whether the data ended before `num_batches`, on any rank."""
+        return self.num_batches is not None and self.batches < self.num_batches * self.ranks
 
     def undo(self) -> None:
         """Give all layers the statistics they had before."""
@@ -100,7 +102,8 @@ class Recalibration:
             data += f", {self.passes} passes"
         lines = [f"Recalibration: {_counted(len(self.layers), 'layer', 'layers')} from {data}"]
         if self.short:
-            lines.append(f"  short: {self.num_batches} batches were asked for, the data had {self.batches}")
+            each = f" of each of {self.ranks} ranks" if self.ranks > 1 else ""
+            lines.append(f"  short: {self.num_batches} batches were asked for{each}, the data had {self.batches}")
         if self.nonfinite:
             lines.append(f"  left out, not finite: {_counted(len(self.nonfinite), 'batch', 'batches')}")
         lines += _table(self.layers)

@@ -16,6 +16,7 @@ import pytest
             "shards_equal_the_whole",
             "one_collective_for_all_layers",
             "one_rank_has_no_data",
+            "one_rank_is_short",
             "one_rank_fails",
             "moving_is_refused",
         ],

@@ -600,8 +600,10 @@ def test_low_precision_buffers_are_refused(dtype):
 def test_other_errors():
     with pytest.raises(UserError, match="unknown method 'poolt': did you mean pooled"):
         recalibrate(net(), batches(4), "poolt")
-    with pytest.raises(UserError, match="num_batches must not be negative, got -1"):
+    with pytest.raises(UserError, match="num_batches must not be negative, nor a fraction, got -1"):
         recalibrate(net(), batches(4), num_batches=-1)
+    with pytest.raises(UserError, match=r"nor a fraction, got 2\.5"):
+        recalibrate(net(), batches(4), num_batches=2.5)
     with pytest.raises(UserError, match="distributed=True needs a process group"):
         recalibrate(net(), batches(4), distributed=True)
     with pytest.raises(UserError, match="run the model once"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import datetime
 import os
 import sys
 
@@ -71,7 +72,23 @@ def one_rank_has_no_data():
             torch.testing.assert_close(a, b, rtol=3e-7, atol=3e-7)
 
 
+def one_rank_is_short():
+    model, data = net(), batches(4, 4, 4)
+    mine = data[: 3 - dist.get_rank()]
+    result = recalibrate(model, mine, num_batches=3)
+    assert result.batches == 5
+    assert result.short
+    assert "3 batches were asked for of each of 2 ranks, the data had 5" in repr(result)
+    assert not recalibrate(model, mine, num_batches=2).short
+    assert recalibrate(model, mine, num_batches=3, distributed=False).short == (dist.get_rank() == 1)
+
+
 def one_rank_fails():
+    for method in ("pooled", "layerwise"):
+        _one_rank_fails(method)
+
+
+def _one_rank_fails(method):
     model = net()
     before = buffers(model)
 
@@ -85,7 +102,7 @@ def one_rank_fails():
         pytest.raises(OSError, match="disk gone"),
     ]
     with expected[dist.get_rank()]:
-        recalibrate(model, loader())
+        recalibrate(model, loader(), method)
     assert same(before, model.buffers())
     recalibrate(model, batches(4))  # and the group still works
 
@@ -113,7 +130,7 @@ def moving_is_refused():
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
     for name in sys.argv[1:]:
         globals()[name]()
     dist.destroy_process_group()
