@@ -15,6 +15,7 @@ from ._files import damaged_entry, written_aside
 
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "net", "weights")
 _PREFIXES = ("module.", "_orig_mod.", "model.")
+_AVERAGED = "n_averaged"
 _SHOWN = 5
 
 
@@ -71,7 +72,8 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Load the `state_dict` in a file into `model`, all of it or nothing.
 
     A prefix that all names share, such as `module.` of `DataParallel` or `_orig_mod.` of `torch.compile`, is removed
-    where the model's own names lack it. `num_batches_tracked`, which old files lack, may be missing.
+    where the model's own names lack it; so is the count of updates, `n_averaged`, that an average has beside its
+    weights. `num_batches_tracked`, which old files lack, may be missing.
 
     Raises:
         UserError: what `read_weights` raises it for, and names or shapes that don't fit.
@@ -97,6 +99,8 @@ def _is_extra(name: str) -> bool:
 
 
 def _without_prefix(state: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    if _AVERAGED not in own:
+        state = {name: value for name, value in state.items() if name != _AVERAGED}
     changed = True
     while changed:
         changed = False

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from bnkit._checks import UserError
 from bnkit._weights import load_weights, read_weights, save_weights
@@ -45,9 +46,10 @@ def test_tied_weights_are_saved(tmp_path: Path):
         lambda state: {"model": {"model_state_dict": state}},
         lambda state: {f"module.{name}": value for name, value in state.items()},
         lambda state: {f"_orig_mod.module.{name}": value for name, value in state.items()},
+        lambda state: {"n_averaged": torch.tensor(7), **{f"module.{name}": value for name, value in state.items()}},
         lambda state: {name: value for name, value in state.items() if "num_batches" not in name},
     ],
-    ids=["state_dict", "model", "module", "compiled", "old"],
+    ids=["state_dict", "model", "module", "compiled", "averaged", "old"],
 )
 def test_what_training_programs_write(tmp_path: Path, wrap):
     model, other = net(), net()
@@ -66,6 +68,15 @@ def test_a_prefix_that_the_model_has_stays(tmp_path: Path):
     save_weights(model, tmp_path / "w.pt")
     load_weights(other, tmp_path / "w.pt")
     assert_same(model, other)
+
+
+def test_an_average_loads_its_own_state(tmp_path: Path):
+    average, other = AveragedModel(net()), AveragedModel(net())
+    average.update_parameters(net())
+    save_weights(average, tmp_path / "w.pt")
+    load_weights(other, tmp_path / "w.pt")
+    assert_same(average, other)
+    assert other.n_averaged == 1
 
 
 def test_a_pickled_module_is_refused(tmp_path: Path):

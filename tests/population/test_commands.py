@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +69,18 @@ def test_adapt_as_json(checkpoint, tmp_path):
     assert facts["batches"] == 2
     assert facts["layers"].keys() == result.layers.keys()
     assert_same(out, model)
+
+
+def test_statistics_that_are_nan_are_null_in_json(tmp_path):
+    model = models.create("lenet5", num_classes=10, in_channels=1)
+    first = next(module for module in model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm))
+    first.running_mean.fill_(math.nan)
+    save_weights(model, tmp_path / "before.pt")
+    arguments = ["--data", "digits", "--out", tmp_path / "after.pt", "--batches", 1, "--json"]
+    text = call("recalibrate", *MODEL, tmp_path / "before.pt", *arguments).stdout
+    drifts = list(json.loads(text, parse_constant=pytest.fail)["layers"].values())
+    assert drifts[0]["mean_shift"] is None
+    assert drifts[0]["var_ratio"] > 0
 
 
 def test_two_processes_are_one(checkpoint, tmp_path):
