@@ -158,17 +158,20 @@ def _moments(images: ImageSet | Photographs, normalize: str) -> tuple[Tensor, Te
 
 
 @contextmanager
-def _processes(device: torch.device) -> Iterator[torch.device | str]:
+def _processes(device: torch.device) -> Iterator[torch.device]:
     """This process's device; the others that torchrun started join in."""
+    import torch
     import torch.distributed as dist
 
     if world_size() == 1:
         yield device
         return
-    cuda = device.type == "cuda"
-    dist.init_process_group("nccl" if cuda else "gloo")
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)  # the one that NCCL sends objects from
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        yield f"cuda:{os.environ['LOCAL_RANK']}" if cuda else device
+        yield device
     finally:
         dist.destroy_process_group()
 

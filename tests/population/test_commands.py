@@ -13,6 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 from bnkit import UserError, models
+from bnkit._commands import _statistics
 from bnkit._weights import load_weights, read_weights, save_weights
 from bnkit.cli import app
 from bnkit.data import load
@@ -92,6 +93,18 @@ def test_two_processes_are_one(checkpoint, tmp_path):
     model = network(checkpoint)
     recalibrate(model, digits())
     assert_same(out, model)
+
+
+def test_each_process_has_a_gpu_of_its_own(monkeypatch):
+    steps = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: steps.append(device))
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend: steps.append(backend))
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: steps.append("end"))
+    monkeypatch.setattr(_statistics, "world_size", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with _statistics._processes(torch.device("cuda", 0)) as device:
+        assert device == torch.device("cuda", 1)
+    assert steps == [torch.device("cuda", 1), "nccl", "end"]
 
 
 @pytest.mark.parametrize(
