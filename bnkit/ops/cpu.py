@@ -93,7 +93,7 @@ def forward(
     """y, and the mean and invstd (float64) it was normalized with: see `dispatch.Backend`."""
     x, outer, channels, inner = _laid_out(x)
     y = torch.empty_like(x)
-    mean = torch.empty(channels, dtype=torch.float64)
+    mean = torch.empty(channels, dtype=torch.float64, device=x.device)
     invstd = torch.empty_like(mean)
     dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
     weight, bias = _as_type(weight, dtype), _as_type(bias, dtype)
@@ -149,8 +149,8 @@ def backward(
     dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
     dx = torch.empty_like(x) if needs[0] else None
     dresidual = torch.empty_like(x) if needs[1] and activation is not None else None
-    dweight = torch.empty(channels, dtype=dtype) if needs[2] else None
-    dbias = torch.empty(channels, dtype=dtype) if needs[3] else None
+    dweight = torch.empty(channels, dtype=dtype, device=x.device) if needs[2] else None
+    dbias = torch.empty(channels, dtype=dtype, device=x.device) if needs[3] else None
     real_weight, real_bias = _as_type(weight, dtype), _as_type(bias, dtype)
     dy, residual = _like(dy, x), None if residual is None else _like(residual, x)
     library = _library()

@@ -81,15 +81,16 @@ class Estimator:
 
     def _counts(self, moments: Moments) -> Tensor:
         """Which channels have enough values, (C,)."""
-        return torch.as_tensor(moments.count) >= self.least
+        return torch.as_tensor(moments.count, device=self._device) >= self.least
 
     def _cat(self, tensors: Sequence[Tensor]) -> Tensor:
         return torch.cat([tensor.to(self._device, self._dtype) for tensor in tensors]) if tensors else self._spread([])
 
     def _spread(self, numbers: Sequence[float | Tensor]) -> Tensor:
         """For each channel its layer's number."""
-        of_layers = torch.tensor(numbers, dtype=self._dtype)
-        return of_layers.repeat_interleave(torch.tensor(self._sizes, dtype=torch.long)).to(self._device)
+        of_layers = torch.tensor(numbers, dtype=self._dtype, device="cpu")
+        sizes = torch.tensor(self._sizes, dtype=torch.long, device="cpu")
+        return of_layers.repeat_interleave(sizes).to(self._device)
 
     def _own_statistics(self) -> Tensor:
         """Running means and variances of all channels, (2, C)."""

@@ -60,4 +60,4 @@ def _moments(x: Tensor, mean: Tensor, invstd: Tensor, eps: float) -> Moments:
 
 @functools.cache
 def _zeros(channels: int) -> Tensor:
-    return torch.zeros(channels, dtype=torch.float64)
+    return torch.zeros(channels, dtype=torch.float64, device="cpu")

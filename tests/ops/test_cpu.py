@@ -183,3 +183,19 @@ def test_without_running_statistics():
 @pytest.mark.parametrize("training", [True, False])
 def test_parameters_of_half_precision(dtype, training):
     check(make_case((5, 3, 7), dtype=dtype, parameter_dtype=dtype, training=training))
+
+
+def test_another_default_device():
+    case = make_case((6, 5, 4), activation="relu")
+
+    def results() -> list[torch.Tensor]:
+        y, mean, invstd = cpu.forward(*vars_of(case))
+        arguments = (case.dy, case.x, mean, invstd, case.weight, case.bias, True, "relu", None)
+        gradients = cpu.backward(*arguments, (True, False, True, True))
+        return [tensor for tensor in (y, mean, invstd, *gradients) if tensor is not None]
+
+    expected = results()
+    with torch.device("meta"):
+        found = results()
+    assert len(found) == 6
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

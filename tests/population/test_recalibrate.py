@@ -528,6 +528,17 @@ def test_a_batch_that_says_how_often():
     close(model.norm.running_mean, moments(torch.cat([x[:, 0], *[y[:, 0]] * 3]))[0])
 
 
+@pytest.mark.parametrize("method", list(METHODS))
+def test_another_default_device(method):
+    model, data = net(), batches(4, 3)
+    other = copy.deepcopy(model)
+    _kernel._zeros.cache_clear()
+    with torch.device("meta"):
+        recalibrate(model, data, method)
+    recalibrate(other, data, method)
+    assert same(buffers(other), model.buffers())
+
+
 def test_compiled_and_wrapped_models():
     model, data = net(), batches(4, 3)
     other = copy.deepcopy(model)
