@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -133,10 +134,16 @@ def _reason_to_leave(layer: _BatchNorm, some_train: bool) -> str | None:
     return None
 
 
-def _check_precision(layers: dict[str, _BatchNorm]) -> None:
+def refuse_lazy(layers: Mapping[str, _BatchNorm]) -> None:
+    """Raise unless every layer has been through its first forward pass, which makes its statistics."""
     for name, layer in layers.items():
-        if any(isinstance(buffer, UninitializedBuffer) for buffer in statistics_of(layer)):
-            raise UserError(f"{name or 'the model'} has no statistics yet: run the model once, then measure.")
+        if isinstance(layer.running_mean, UninitializedBuffer):
+            raise UserError(f"{name or 'the model'} has no statistics yet: run the model once in eval mode first.")
+
+
+def _check_precision(layers: Mapping[str, _BatchNorm]) -> None:
+    refuse_lazy(layers)
+    for name, layer in layers.items():
         for buffer in statistics_of(layer):
             if torch.finfo(buffer.dtype).bits < 32:
                 raise UserError(

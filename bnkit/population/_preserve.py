@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from ._layers import batch_norms, unwrapped
+from ._layers import batch_norms, refuse_lazy, unwrapped
 
 
 @contextlib.contextmanager
@@ -27,8 +27,13 @@ def preserve_statistics(model: nn.Module) -> Iterator[None]:
 
     Args:
         model: any model; one that trains statistics only in parts may be given by that part.
+
+    Raises:
+        UserError: a lazy batch norm has no statistics yet; it makes them only where they are tracked.
     """
-    layers = list(batch_norms(unwrapped(model)).values())
+    named = batch_norms(unwrapped(model))
+    refuse_lazy(named)
+    layers = list(named.values())
     before = [(layer, layer.track_running_stats) for layer in layers]
     buffers = [(b, b.clone()) for layer in layers if not _heeds(layer) for b in layer.buffers(recurse=False)]
     try:

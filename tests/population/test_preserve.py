@@ -9,6 +9,7 @@ from nets import batches, buffers, net, randomized, same
 from torch import nn
 
 import bnkit
+from bnkit import UserError
 from bnkit.population import preserve_statistics
 
 NORMS = [
@@ -95,6 +96,17 @@ def test_compiled():
     assert same(before, model.buffers())
     compiled(batches(4)[0])
     assert not same(before, model.buffers())
+
+
+def test_lazy_layers_make_their_statistics_before():
+    model, x = nn.Sequential(nn.LazyBatchNorm2d(), nn.LazyBatchNorm2d()), batches(4)[0]
+    with pytest.raises(UserError, match=r"0 has no statistics yet: run .* eval mode"), preserve_statistics(model):
+        pass  # pragma: no cover
+    model.eval()(x)
+    before = buffers(model.train())
+    with preserve_statistics(model):
+        model(x)
+    assert same(before, model.buffers())
 
 
 def test_momentum_none():
