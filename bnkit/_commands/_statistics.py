@@ -181,13 +181,13 @@ def _show(result: Recalibration, out: Path, as_json: bool, console: Console) -> 
         console.print(f"{result}\nWrote {out}.", markup=False, highlight=False, soft_wrap=True)
         return
     layers = {
-        name: {key: _number(getattr(drift, key)) for key in ("mean_shift", "var_ratio", "distance")}
+        name: {key: json_number(getattr(drift, key)) for key in ("mean_shift", "var_ratio", "distance")}
         for name, drift in result.layers.items()
     }
     facts = {name: getattr(result, name) for name in ("method", "batches", "short", "skipped", "not_run", "nonfinite")}
     print(json_module.dumps({**facts, "layers": layers, "out": str(out)}, indent=2, allow_nan=False))
 
 
-def _number(value: float) -> float | None:
-    """JSON has no NaN: nothing is known of the distance to statistics that are not finite."""
+def json_number(value: float) -> float | None:
+    """JSON has no NaN and no infinity: None stands for them."""
     return value if math.isfinite(value) else None

@@ -14,6 +14,7 @@ from .._weights import load_weights
 from ._data import DataDir, Download, ImageSize, SkipCorrupt, load_for_training
 from ._models import MODEL_HELP, ModelOptions
 from ._runs import WEIGHTS, build_model, read_run
+from ._statistics import json_number
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -95,7 +96,8 @@ def _show(rows: list[dict[str, Any]], data: str, count: int, console: Console, a
     from ..report import Table, print_table
 
     if as_json:
-        print(json_module.dumps({"data": data, "images": count, "results": rows}, indent=2))
+        rows = [{**row, "loss": json_number(row["loss"])} for row in rows]
+        print(json_module.dumps({"data": data, "images": count, "results": rows}, indent=2, allow_nan=False))
         return
     cells = [[row["name"], f"{row['accuracy']:.2%}", f"{row['loss']:.4f}"] for row in rows]
     print_table(Table(f"{count:,} test images of {data}", ["model", "accuracy", "loss"], cells), console)

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .._checks import UserError, require, unknown
+from .._checks import require, unknown
 from ..graph import Forward
 from ..moments import Moments
 from ._estimate import Estimator, Found, Pooled
-from ._layers import statistics_of
 from ._measure import Policy, Reading, Statistics
-from ._passes import Job, conclude, measure
+from ._passes import Job, check_start, conclude, measure
 from ._progress import Progress
 from ._ranks import Ranks
 from ._result import Recalibration
@@ -72,23 +69,13 @@ def adapt(
         raise unknown("method", method, ("pooled", "layerwise"))
     job = Job(model, data, forward, num_batches, skip_nonfinite, Ranks(distributed, group), progress)
     if source_weight > 0:
-        _check_source(job)
+        check_start(job, "recalibrate on data of the source first, or pass source_weight=0")
 
     def new_estimator(layers: Mapping[str, _BatchNorm]) -> Blend:
         return Blend(layers, source_weight)
 
     found = measure(job, new_estimator, method == "layerwise", _blend_so_far)
     return conclude(job, f"adapted, {method}", found, dict.fromkeys(found))
-
-
-def _check_source(job: Job) -> None:
-    """Raise on all ranks if a layer's statistics on one of them are not finite."""
-    mine = [n for n, layer in job.layers.items() if not torch.stack(statistics_of(layer)).isfinite().all()]
-    for name in itertools.chain.from_iterable(job.ranks.agree(mine)):
-        raise UserError(
-            f"statistics to blend must be finite, got NaN or infinity in those of {name or 'the model'}: "
-            "recalibrate on data of the source first, or pass source_weight=0."
-        )
 
 
 class Blend(Pooled):

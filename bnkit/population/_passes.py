@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from numbers import Integral
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .._checks import require
+from .._checks import UserError, require
 from ..graph import Forward
 from ._estimate import Estimator, Found
-from ._layers import buffers_of, domain_of, measurable, tracked, unwrapped
+from ._layers import buffers_of, domain_of, measurable, statistics_of, tracked, unwrapped
 from ._measure import Policy, Probe, batch_statistics, check_finite
 from ._progress import Progress, shown
 from ._ranks import Ranks
@@ -53,6 +54,15 @@ class Job:
             length = None
         known = [n for n in (length, self.num_batches) if n is not None]
         return min(known, default=None)
+
+
+def check_start(job: Job, remedy: str) -> None:
+    """Raise on all ranks if the statistics to go on from, of a layer on one of them, are not finite."""
+    mine = [n for n, layer in job.layers.items() if not torch.stack(statistics_of(layer)).isfinite().all()]
+    for name in itertools.chain.from_iterable(job.ranks.agree(mine)):
+        raise UserError(
+            f"statistics to go on from must be finite, got NaN or infinity in those of {name or 'the model'}: {remedy}."
+        )
 
 
 def measure(

@@ -13,7 +13,7 @@ from .._checks import require, unknown
 from ..graph import Forward
 from ._estimate import Estimator, MeanOfBatches, Moving, Pooled
 from ._layers import tracked
-from ._passes import Job, conclude, measure
+from ._passes import Job, check_start, conclude, measure
 from ._progress import Progress
 from ._ranks import Ranks
 from ._result import Recalibration
@@ -77,8 +77,8 @@ def recalibrate(
         progress: True for a bar, or a function of the batches done and all there are to do (None if unknown).
 
     Raises:
-        UserError: unknown method, statistics of less than 32 bits, data that are not finite, or `"moving"` over
-            several ranks, where the order of batches is not defined.
+        UserError: unknown method, statistics of less than 32 bits, data that are not finite, or `"moving"` from
+            statistics that are not finite, or over several ranks, where the order of batches is not defined.
         RuntimeError: another rank failed.
     """
     if method not in METHODS:
@@ -89,6 +89,8 @@ def recalibrate(
         "method 'moving' depends on the order of batches, which several ranks do not have: use pooled, batch or "
         "layerwise, or distributed=False.",
     )
+    if method == "moving":
+        check_start(job, "take another method, which does not start from them")
     found = measure(job, METHODS[method], method == "layerwise")
     start = {n: tracked(layer, job.domains[n]) if method == "moving" else 0 for n, layer in job.layers.items()}
     return conclude(job, method, found, {name: start[name] + layer.batches for name, layer in found.items()})

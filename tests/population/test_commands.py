@@ -82,6 +82,8 @@ def test_statistics_that_are_nan_are_null_in_json(tmp_path):
     drifts = list(json.loads(text, parse_constant=pytest.fail)["layers"].values())
     assert drifts[0]["mean_shift"] is None
     assert drifts[0]["var_ratio"] > 0
+    text = call("evaluate", tmp_path / "before.pt", "--model", "bnkit:lenet5", "--data", "digits", "--json").stdout
+    assert json.loads(text, parse_constant=pytest.fail)["results"][0]["loss"] is None
 
 
 def test_two_processes_are_one(checkpoint, tmp_path):

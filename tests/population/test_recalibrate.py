@@ -621,6 +621,17 @@ def test_other_errors():
         recalibrate(nn.Sequential(nn.LazyBatchNorm2d()), batches(4))
 
 
+def test_statistics_that_are_nan():
+    model, data = net(), batches(4, 5)
+    for method in ("pooled", "batch", "layerwise"):
+        model[1].running_var.fill_(float("nan"))
+        recalibrate(model, data, method)
+        assert all(b.isfinite().all() for b in model.buffers())
+    model[1].running_var.fill_(float("nan"))
+    with pytest.raises(UserError, match="got NaN or infinity in those of 1: take another method"):
+        recalibrate(model, data, "moving")
+
+
 def test_batch_norms_without_modules_are_refused():
     model, (x,) = net().eval(), batches(4)
     for made in (torch.jit.trace(model, x), torch.export.export(model, (x,)).module()):
