@@ -149,9 +149,9 @@ def backward(
     dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
     dx = torch.empty_like(x) if needs[0] else None
     dresidual = torch.empty_like(x) if needs[1] and activation is not None else None
-    dweight = torch.empty(channels, dtype=dtype, device=x.device) if needs[2] else None
-    dbias = torch.empty(channels, dtype=dtype, device=x.device) if needs[3] else None
     real_weight, real_bias = _as_type(weight, dtype), _as_type(bias, dtype)
+    dweight = torch.empty_like(real_weight) if needs[2] and real_weight is not None else None
+    dbias = torch.empty_like(real_bias) if needs[3] and real_bias is not None else None
     dy, residual = _like(dy, x), None if residual is None else _like(residual, x)
     library = _library()
     assert library is not None
