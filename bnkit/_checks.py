@@ -28,3 +28,8 @@ def require(condition: bool, message: str) -> None:
     """Raise `UserError(message)` unless `condition` holds."""
     if not condition:
         raise UserError(message)
+
+
+def words_of(error: Exception) -> str:
+    """What `error` is and says, on one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -6,13 +6,14 @@ import ast
 import importlib.util
 import inspect
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from torch import nn
 
-from .._checks import UserError, require, unknown
+from .._checks import UserError, require, unknown, words_of
 from .._weights import load_weights
 
 MODEL_HELP = "bnkit:vgg16, torchvision:resnet50, timm:seresnet50, or path/to/file.py:factory."
@@ -65,7 +66,7 @@ def name_and_value(text: str, what: str = "an option", example: str = "num_class
 def _from_bnkit(name: str, options: dict[str, Any]) -> nn.Module:
     from .. import models
 
-    return models.create(name, **options)
+    return _called(f"bnkit:{name}", partial(models.create, name), options)
 
 
 def _from_torchvision(name: str, options: dict[str, Any]) -> nn.Module:
@@ -112,6 +113,8 @@ def _from_file(path: Path, name: str, options: dict[str, Any]) -> nn.Module:
 def _called(what: str, factory: Any, options: dict[str, Any]) -> nn.Module:
     try:
         model = factory(**options)
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"{what} failed ({words_of(error)}): see its options.") from error
     require(
@@ -119,8 +122,3 @@ def _called(what: str, factory: Any, options: dict[str, Any]) -> nn.Module:
         f"{what} must give a torch.nn.Module, got {type(model).__name__}: name a function that builds the model.",
     )
     return model
-
-
-def words_of(error: Exception) -> str:
-    """What `error` is and says, on one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .._checks import UserError, require
-from ._models import load_model, words_of
+from .._checks import UserError, require, words_of
+from ._models import load_model
 
 if TYPE_CHECKING:
     from torch import nn

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from .._checks import UserError, require
+from .._checks import UserError, require, words_of
 from .._weights import save_weights
-from ._models import words_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

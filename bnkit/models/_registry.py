@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from .._checks import UserError, require, unknown
+from .._checks import UserError, require, unknown, words_of
 from ._norm import Norm
 
 
@@ -68,7 +68,15 @@ def create(
             isinstance(count, int) and count > 0, f"{what} must be a positive integer, got {count!r}: pass 1 or more."
         )
     given = variant.fixed | variant.defaults | options
-    return variant.family(norm=norm, num_classes=num_classes, in_channels=in_channels, **given)
+    try:
+        return variant.family(norm=norm, num_classes=num_classes, in_channels=in_channels, **given)
+    except UserError:
+        raise
+    except Exception as error:  # what torch's layers say to sizes they can't have, a function to what it is called with
+        raise UserError(
+            f"model {name!r} can't be built with {_spelled(options) or 'this norm'} ({words_of(error)}): "
+            f"see models.options({name!r})."
+        ) from error
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -83,6 +91,10 @@ def options(name: str) -> dict[str, object]:
         UserError: an unknown model.
     """
     return _variant(name).options()
+
+
+def _spelled(options: dict[str, object]) -> str:
+    return ", ".join(f"{option}={value!r}" for option, value in options.items())
 
 
 def _variant(name: str) -> _Variant:

@@ -81,6 +81,8 @@ def test_weights_are_loaded(tmp_path: Path):
         ("nowhere.py:f", [], "there is no file nowhere.py"),
         ("lenet5", ["num_classes"], "an option is NAME=VALUE, got 'num_classes'"),
         ("lenet5", ["colour=red"], "has no option 'colour'"),
+        ("lenet5", ["name=vgg11"], r"bnkit:lenet5 failed \(TypeError: .*'name'\)"),
+        ("resnet20", ["width=wide"], r"'resnet20' can't be built with width='wide' \(TypeError: .*\): see"),
     ],
 )
 def test_mistakes(name: str, options: list[str], words: str):

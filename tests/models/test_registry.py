@@ -277,6 +277,23 @@ def test_unknown_option_names_the_valid_ones() -> None:
         models.create("vgg16", configuration="A")
 
 
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("resnet20", {"width": "wide"}),
+        ("resnet20", {"width": -4}),
+        ("densenet121", {"growth_rate": 1.5}),
+        ("vgg11", {"dropout": "some"}),
+        ("mlp", {"hidden": 3}),
+        ("mlp", {"norm": lambda channels: torch.nn.BatchNorm1d(channels, size=3)}),
+    ],
+)
+def test_what_a_model_can_not_be_built_with_is_said(name: str, option: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=rf"model '{name}' can't be built with .+ \(\w+Error: .+\): see") as caught:
+        models.create(name, **option)
+    assert caught.value.__cause__ is not None
+
+
 @pytest.mark.parametrize("counts", [{"num_classes": 0}, {"in_channels": -1}, {"num_classes": 2.5}])
 def test_counts_must_be_positive_integers(counts: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=f"{next(iter(counts))} must be a positive integer"):
