@@ -30,6 +30,12 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def check_seed(seed: int) -> None:
+    """Raise unless torch takes `seed`, and as many consecutive ones as anyone needs."""
+    require(seed >= 0, f"the seed must not be negative, got {seed}: choose another.")
+    require(seed < 2**63, f"the seed must be less than 2^63, got {seed}: choose another.")
+
+
 def words_of(error: Exception) -> str:
     """What `error` is and says, on one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from .. import models
-from .._checks import require, unknown
+from .._checks import check_seed, require, unknown
 from .._devices import chosen_device
 from .._environment import describe_machine
 from ..data import ImageSet, load
@@ -88,7 +88,7 @@ class CompareConfig:
             value = getattr(self, name)
             require(value >= 1, f"{name.replace('_', ' ')} must be at least 1, got {value}.")
         require(self.threads is None or self.threads >= 1, f"--threads must be at least 1, got {self.threads}.")
-        require(self.seed >= 0, f"the seed must not be negative, got {self.seed}.")
+        check_seed(self.seed)
         require(self.rate > 0, f"the learning rate must be positive, got {self.rate:g}.")
         require(
             self.batch_size > 1 or "batch" not in self.norms,

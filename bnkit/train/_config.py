@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from .._checks import UserError, require, unknown
+from .._checks import UserError, check_seed, require, unknown
 from ..data import SHUFFLES, Augmentation
 
 SCHEDULES = ("constant", "cosine", "step", "exponential")
@@ -92,6 +92,7 @@ class FitConfig:
             _require_integer(name, getattr(self, name), at_least=1)
         _require_integer("warmup_steps", self.warmup_steps, at_least=0)
         _require_integer("seed", self.seed, at_least=0)
+        check_seed(self.seed)
         if self.workers is not None:
             _require_integer("workers", self.workers, at_least=0)
         require(

@@ -185,6 +185,7 @@ def test_json_has_no_nan(full):
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"seeds": 0}, "seeds must be at least 1, got 0"),
         ({"seed": -1}, "must not be negative, got -1"),
+        ({"seed": 10**20}, r"must be less than 2\^63, got 100000000000000000000"),
         ({"learning_rate": 0.0}, "learning rate must be positive, got 0"),
         ({"learning_rate": math.nan}, "learning rate must be positive, got nan"),
         ({"batch_size": 1}, "more than one image a batch, got batch size 1: use --batch-size 2"),

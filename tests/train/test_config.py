@@ -57,6 +57,7 @@ def test_it_is_frozen() -> None:
         ({"eval_every": 0}, "eval_every must be an integer of 1 or more"),
         ({"eval_batch_size": 0}, "eval_batch_size must be an integer of 1 or more"),
         ({"seed": -1}, "seed must be an integer of 0 or more, got -1"),
+        ({"seed": 2**63}, r"the seed must be less than 2\^63, got 9223372036854775808"),
         ({"lr": 0.0}, r"lr must be a positive number, got 0\.0"),
         ({"lr": float("nan")}, "lr must be a positive number, got nan"),
         ({"lr": "fast"}, "lr must be a positive number, got 'fast'"),
