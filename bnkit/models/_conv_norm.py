@@ -17,8 +17,9 @@ from ._norm import Norm, check_placement, has_bias, norm_and_activation, norm_la
 class ConvStyle:
     """What all convolutions of a network have in common.
 
-    `eps` is for norms that keep running statistics. `fan="in"` makes `"kaiming"` count the inputs of a convolution:
-    where 1×1 convolutions reduce the channels by as much as 10, counting the outputs would blow up what passes.
+    `eps` is for norms by name that keep running statistics. `fan="in"` makes `"kaiming"` count the inputs of a
+    convolution: where 1×1 convolutions reduce the channels by as much as 10, counting the outputs would blow up what
+    passes.
     """
 
     norm: Norm
@@ -77,7 +78,7 @@ class ConvNorm(nn.Module):
             self.bn, self.act = norm_layer(style.norm, out_channels), activation_layer(style.activation)
         else:
             self.bn, self.act = norm_and_activation(style.norm, out_channels, activation=style.activation)
-        if isinstance(self.bn, _NormBase):
+        if isinstance(style.norm, str) and isinstance(self.bn, _NormBase):
             self.bn.eps = style.eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -62,6 +62,14 @@ def test_a_function_makes_the_norm() -> None:
     assert type(activation) is nn.ReLU
 
 
+@pytest.mark.parametrize(("name", "eps"), [("unet", 1e-5), ("googlenet", 1e-3), ("darknet53", 1e-5)])
+def test_only_a_named_norm_gets_the_network_s_eps(name: str, eps: float) -> None:
+    for norm, expected in (("batch", eps), (lambda n: nn.BatchNorm2d(n, eps=0.5), 0.5)):
+        with torch.device("meta"):
+            model = models.create(name, norm)
+        assert {layer.eps for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)} == {expected}
+
+
 def test_the_names_are_those_that_batch_norm_fuses() -> None:
     assert set(_ACTIVATIONS) == set(ACTIVATIONS)
     x = torch.linspace(-3, 3, 24).view(6, 4)
