@@ -33,7 +33,8 @@ def decode(content: bytes, size: int) -> np.ndarray:
 
 def eight_bits(image: Image.Image) -> Image.Image:
     """`image` as RGB or gray of 8 bits; loads it."""
-    if image.mode.startswith("I;16"):
+    # In files of these kinds gray of type I has 16 bits: always in PPM's, before Pillow 11 in PNG's.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         # Pillow's own conversion cuts off at 255, which turns nearly every such image white.
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):

@@ -61,6 +61,14 @@ def test_sixteen_bits_are_scaled_not_cut():
     np.testing.assert_array_equal(decode(encoded(Image.fromarray(pixels)), 8), pixels[None] // 256)
 
 
+@pytest.mark.parametrize("top", [65535, 1023])
+def test_sixteen_bits_of_a_portable_graymap(top: int):
+    pixels = noise(8, 8, dtype=np.uint16, top=top + 1)
+    content = f"P5\n8 8\n{top}\n".encode() + pixels.astype(">u2").tobytes()
+    found = decode(content, 8)[0].astype(float)
+    np.testing.assert_allclose(found, pixels * (65535 / top) // 256, atol=1 if top < 65535 else 0)
+
+
 def test_alpha_is_ignored():
     pixels = noise(8, 8, 4)
     np.testing.assert_array_equal(decode(encoded(Image.fromarray(pixels)), 8), pixels[..., :3].transpose(2, 0, 1))
