@@ -52,7 +52,7 @@ def evaluate(
     data = data or recipe.get("data")
     require(data is not None, "files of weights don't say what they were trained on: add --data.")
     assert data is not None
-    size = image_size or recipe.get("image_size")
+    size = recipe.get("image_size") if image_size is None else image_size
     folder = data_dir or recipe.get("data_dir")
     images = load_for_training(recipe["model"], data, folder, download, size, skip_corrupt, console)
     if isinstance(images, Photographs):
@@ -61,10 +61,12 @@ def evaluate(
         _probabilities(path, run, images, {"eval_batch_size": batch_size, "device": device})
         for path, run in zip(checkpoints, runs, strict=True)
     ]
-    rows = [_row(str(path), probabilities, images) for path, probabilities in zip(checkpoints, found, strict=True)]
-    if len(found) > 1:
-        rows.append(_row("ensemble", sum(found[1:], found[0]) / len(found), images))
-    _show(rows, data, len(images.test_labels), console, json)
+    labels = found[0][1]  # of all: the same images are read, or left out, for each
+    members = [probabilities for probabilities, _ in found]
+    rows = [_row(str(path), member, labels) for path, member in zip(checkpoints, members, strict=True)]
+    if len(members) > 1:
+        rows.append(_row("ensemble", sum(members[1:], members[0]) / len(members), labels))
+    _show(rows, data, len(labels), console, json)
 
 
 def _run_of(path: Path, given: dict[str, Any]) -> dict[str, Any]:
@@ -74,16 +76,17 @@ def _run_of(path: Path, given: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-def _probabilities(path: Path, run: dict[str, Any], images: ImageSet | Photographs, changes: dict[str, Any]) -> Tensor:
-    from ..train import FitConfig, probabilities
+def _probabilities(
+    path: Path, run: dict[str, Any], images: ImageSet | Photographs, changes: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    from ..train import FitConfig, labelled_probabilities
 
     model = build_model(run["recipe"], images)
     load_weights(model, path / WEIGHTS if path.is_dir() else path)
-    return probabilities(model, images, FitConfig.from_dict({**run["config"], "devices": 1, **changes}))
+    return labelled_probabilities(model, images, FitConfig.from_dict({**run["config"], "devices": 1, **changes}))
 
 
-def _row(name: str, probabilities: Tensor, images: ImageSet | Photographs) -> dict[str, Any]:
-    labels = images.test_labels
+def _row(name: str, probabilities: Tensor, labels: Tensor) -> dict[str, Any]:
     chosen = probabilities.gather(1, labels[:, None])
     return {
         "name": name,

@@ -2,7 +2,7 @@
 
 from ._bn_inception import bn_inception_settings
 from ._config import FitConfig
-from ._evaluate import evaluate, probabilities
+from ._evaluate import evaluate, labelled_probabilities, probabilities
 from ._fit import Diverged, fit, iterate
 from ._groups import parameter_groups
 from ._history import Evaluation, History
@@ -19,6 +19,7 @@ __all__ = [
     "fast_precision",
     "fit",
     "iterate",
+    "labelled_probabilities",
     "learning_rate",
     "parameter_groups",
     "probabilities",

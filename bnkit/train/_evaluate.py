@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 
 import torch
 from torch import Tensor, nn
@@ -42,12 +43,19 @@ def probabilities(model: nn.Module, data: ImageSet | Photographs, config: FitCon
     Args, raises: as `evaluate`.
 
     Returns:
-        (N, outputs), float32 on the CPU.
+        (N, outputs), float32 on the CPU. Photographs that are skipped, since they can't be read, have no row.
     """
+    return labelled_probabilities(model, data, config)[0]
+
+
+def labelled_probabilities(model: nn.Module, data: ImageSet | Photographs, config: FitConfig) -> tuple[Tensor, Tensor]:
+    """`probabilities`, and the labels (N,) of the images they are of, on the CPU."""
     devices = place(model, config)
     batches = batches_of(data, config, devices)
-    parts = _logits(model, batches, devices, data.num_classes, config.eval_batch_size)
-    return torch.cat([logits.softmax(1).float().cpu() for logits, _ in parts])
+    with closing(_logits(model, batches, devices, data.num_classes, config.eval_batch_size)) as parts:
+        found = [(logits.softmax(1).float().cpu(), labels.cpu()) for logits, labels in parts]
+    probabilities, labels = zip(*found, strict=True)
+    return torch.cat(probabilities), torch.cat(labels)
 
 
 def evaluate_placed(
@@ -55,17 +63,18 @@ def evaluate_placed(
 ) -> tuple[float, float]:
     """As `evaluate`, with model and data on their device already."""
     loss, correct, count = 0.0, 0, 0
-    for logits, labels in _logits(model, batches, devices, num_classes, config.eval_batch_size):
-        loss += F.cross_entropy(logits, labels, reduction="sum").item()
-        correct += int((logits.argmax(1) == labels).sum())
-        count += len(labels)
+    with closing(_logits(model, batches, devices, num_classes, config.eval_batch_size)) as parts:
+        for logits, labels in parts:
+            loss += F.cross_entropy(logits, labels, reduction="sum").item()
+            correct += int((logits.argmax(1) == labels).sum())
+            count += len(labels)
     return loss / count, correct / count
 
 
 def _logits(
     model: nn.Module, batches: Batches, devices: Devices, num_classes: int, batch_size: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Logits and labels of the test images, batch by batch."""
+) -> Generator[tuple[Tensor, Tensor], None, None]:
+    """Logits and labels of the test images, batch by batch; inference mode lasts until it ends or is closed."""
     with torch.inference_mode(), evaluating(model):
         for images, labels in batches.test(batch_size):
             with devices.autocast():

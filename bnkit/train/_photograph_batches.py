@@ -38,7 +38,7 @@ class PhotographBatches:
         augmentation = Augmentation.parse(self._config.augment)
         examples = self._data.training_examples(augmentation, self._config.seed)
         # The workers run ahead, so they follow an order of their own.
-        for batch in self._read(self._loader(examples, self._shares(copy.deepcopy(order)))):
+        for batch in self._read(self._loader(examples, self._shares(copy.deepcopy(order))), every=True):
             next(order)
             yield batch
 
@@ -79,15 +79,22 @@ class PhotographBatches:
             generator=torch.Generator(),  # else it would draw from the run's own random numbers
         )
 
-    def _read(self, loader: DataLoader[Any]) -> Iterator[tuple[Tensor, Tensor]]:
-        device = self._devices.device
+    def _read(self, loader: DataLoader[Any], *, every: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches in which something can be read; `every` one must be such, or at least one."""
+        device, count = self._devices.device, 0
         for images, labels, fault in loader:
             require(
                 not fault or self._data.skip_corrupt,
                 f"{fault}: replace or remove it, or leave such files out with --skip-corrupt (skip_corrupt=True).",
             )
-            require(len(images) > 0, f"no photograph of a batch could be read; one reason: {fault}; replace them.")
-            yield self._normalized(images.to(device, non_blocking=True)), labels.to(device, non_blocking=True)
+            require(
+                len(images) > 0 or not every,
+                f"no photograph of a batch could be read; one reason: {fault}; replace them.",
+            )
+            if len(images) > 0:
+                count += 1
+                yield self._normalized(images.to(device, non_blocking=True)), labels.to(device, non_blocking=True)
+        require(count > 0, f"none of the photographs in {self._data.path} needed here can be read: replace them.")
 
 
 def _split(index: range, batch_size: int) -> list[Keys]:

@@ -12,6 +12,7 @@ from PIL import Image
 from rich.console import Console
 from typer.testing import Result
 
+from bnkit import data
 from bnkit._checks import UserError
 from bnkit._commands._data import load_for_training
 from bnkit._weights import read_weights
@@ -128,6 +129,17 @@ def test_photographs_stay_in_their_files(bnkit: Command, photographs: Path):
     assert told["recipe"]["image_size"] == 72
     again = json.loads(bnkit("evaluate", "run", "run", "--json").output)
     assert again["images"] == 8
+    assert {row["accuracy"] for row in again["results"]} == {told["outcome"]["test_accuracy"]}
+
+
+def test_photographs_that_can_not_be_read_are_left_out_of_an_evaluation(bnkit: Command, photographs: Path):
+    options = ("--model", "resnet20", "-o", "width=4", "--precision", "32-true", "--image-size", 72, "--workers", 0)
+    (photographs / data.photographs(photographs).test_files[0]).write_bytes(b"damaged")
+    shared = ("--data", photographs, "--epochs", 0.3, "--batch-size", 8, "--skip-corrupt", "--out", "run")
+    assert bnkit("train", *options, *shared).exit_code == 0
+    told = json.loads(Path("run/run.json").read_text())
+    again = json.loads(bnkit("evaluate", "run", "run", "--skip-corrupt", "--json").output)
+    assert again["images"] == 7
     assert {row["accuracy"] for row in again["results"]} == {told["outcome"]["test_accuracy"]}
 
 

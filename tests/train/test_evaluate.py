@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from toys import toy_net, toy_set
 
 from bnkit._checks import UserError
@@ -43,6 +44,20 @@ def test_modes_come_back_after_an_error() -> None:
     net = nn.Sequential(nn.Flatten(), nn.Linear(1, 3))
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         evaluate(net, toy_set(), CONFIG)
+    assert all(module.training for module in net.modules())
+
+
+def test_an_interrupt_between_batches_leaves_no_mode_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: object, **kwargs: object) -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    net = toy_net()
+    monkeypatch.setattr(F, "cross_entropy", interrupted)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        evaluate(net, toy_set(), CONFIG)
+    # The traceback keeps the frames alive, as an interactive session does.
+    assert caught.tb is not None
+    assert not torch.is_inference_mode_enabled()
     assert all(module.training for module in net.modules())
 
 

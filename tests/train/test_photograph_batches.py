@@ -15,7 +15,7 @@ from torch import nn
 import bnkit.nn
 from bnkit._checks import UserError
 from bnkit.data import Augmentation, BatchOrder, Photographs, photographs
-from bnkit.train import FitConfig, evaluate, fit, iterate, probabilities
+from bnkit.train import FitConfig, evaluate, fit, iterate, labelled_probabilities, probabilities
 from bnkit.train._devices import Devices
 from bnkit.train._photograph_batches import PhotographBatches
 
@@ -114,3 +114,21 @@ def test_one_that_cannot_be_read(pets: Photographs, workers: int) -> None:
     skipping = dataclasses.replace(pets, skip_corrupt=True)
     images, labels = next(PhotographBatches(skipping, config, here()).stream(BatchOrder(15, 15, 0)))
     assert len(images) == len(labels) == 14
+
+
+def test_tests_go_on_without_those_that_cannot_be_read(pets: Photographs) -> None:
+    model, config = net(), dataclasses.replace(CONFIG, workers=0, eval_batch_size=1)
+    expected, labels = labelled_probabilities(model, pets, config)
+    assert torch.equal(labels, pets.test_labels)
+    (pets.path / pets.test_files[1]).write_bytes(b"damaged")
+    skipping = dataclasses.replace(pets, skip_corrupt=True)
+    found, labels = labelled_probabilities(model, skipping, config)
+    assert torch.equal(found, expected[[0, 2, 3]])
+    assert torch.equal(labels, pets.test_labels[[0, 2, 3]])
+    assert evaluate(model, skipping, config)[0] == pytest.approx(
+        -found.gather(1, labels[:, None]).log().mean().item(), rel=1e-5
+    )
+    for file in pets.test_files:
+        (pets.path / file).write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"none of the photographs in .*pets needed here can be read: replace them"):
+        evaluate(model, skipping, config)
