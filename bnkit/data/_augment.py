@@ -85,6 +85,13 @@ class Augmentation:
         parts = [name if value is True else f"{name}={value:g}" for name, value in values.items() if value]
         return ",".join(parts) or "none"
 
+    def check_fits(self, side: int) -> None:
+        """Raise unless images of `side` pixels can be moved so far."""
+        require(
+            max(self.crop, self.shift) < side,
+            f"crop and shift must be less than the image's side {side}, got {max(self.crop, self.shift)}: lower them.",
+        )
+
     def __call__(self, images: Tensor) -> Tensor:
         """Changed copies of `images`, drawn from torch's global random numbers.
 
@@ -94,11 +101,7 @@ class Augmentation:
         Returns:
             The same shape, 0 to 255, of type uint8 or float32.
         """
-        side = min(images.shape[2:])
-        require(
-            max(self.crop, self.shift) < side,
-            f"crop and shift must be less than the image's side {side}, got {max(self.crop, self.shift)}: lower them.",
-        )
+        self.check_fits(min(images.shape[2:]))
         if self.resized_crop:
             images = _resized_crops(images, self.resized_crop)
         if self.crop or self.flip:

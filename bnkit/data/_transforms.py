@@ -32,6 +32,7 @@ def training_transform(augmentation: Augmentation, size: int) -> Callable[[Image
         parts.append(v2.ColorJitter(color, color, color))
     parts.append(v2.PILToTensor())
     rest = replace(augmentation, resized_crop=0.0, flip=False, color=0.0)
+    rest.check_fits(size)  # here, since an error in a process that decodes comes with its traceback
     if str(rest) != "none":
         parts.append(_Batched(rest))
     return v2.Compose(parts)

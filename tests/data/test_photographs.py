@@ -94,6 +94,11 @@ def test_augmentations_of_batches_come_after(folder: Path) -> None:
     assert not torch.equal(changed, plain)
 
 
+def test_moves_beyond_the_image_are_refused_before_any_is_read(folder: Path) -> None:
+    with pytest.raises(UserError, match="must be less than the image's side 28, got 28: lower them"):
+        photographs(folder, 28).training_examples(Augmentation(shift=28), 0)
+
+
 def test_mean_and_deviation_are_of_the_training_photographs(folder: Path) -> None:
     found = photographs(folder, 28)
     pixels = np.stack([image_of(found.calibration_examples(), i, 0).numpy() for i in range(5)]).astype(float) / 255
