@@ -42,7 +42,7 @@ def load_for_training(
     from .. import data
 
     if is_folder(name):
-        size = image_size or _side_for(model, name)
+        size = _side_for(model, name) if image_size is None else image_size
         if size > _LARGEST_IN_MEMORY:
             return data.photographs(name, size, skip_corrupt=skip_corrupt, labels=labels)
         image_size = size

@@ -197,6 +197,7 @@ def test_a_recipe_of_the_paper(bnkit: Command, pictures: Path):
         (["--weights", "none.pt"], "there is no file none.pt"),
         (["--resume", "nowhere"], "there is no run in nowhere"),
         (["--evaluations", "0"], "evaluations must be 1 or more"),
+        (["--image-size", "0"], "the image size must be at least 1, got 0"),
     ],
 )
 def test_mistakes(bnkit: Command, pictures: Path, arguments: list[str], words: str):
