@@ -48,10 +48,11 @@ class Meter(TorchDispatchMode):
                 output = torch.func.functional_call(self.model, state, arguments, named)
                 if training:
                     self._backward(output)
-        except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+        except Exception as error:  # a model may raise anything at input that it doesn't expect
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise UserError(
                 f"costs runs a model on tensors without values, which {type(self.model).__name__} did not take "
-                f"({str(error).splitlines()[0]}): give the input it expects, and a model that reads no values."
+                f"({reason}): give the input it expects, and a model that reads no values."
             ) from error
 
     @contextlib.contextmanager

@@ -224,6 +224,24 @@ def test_what_reads_values_is_refused_with_the_cause() -> None:
     assert caught.value.__cause__ is not None
 
 
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (NotImplementedError(), "NotImplementedError"),
+        (AssertionError("wrong size"), "wrong size"),
+        (KeyError("a"), "'a'"),
+    ],
+)
+def test_whatever_a_model_raises_is_the_reason(error: Exception, words: str) -> None:
+    class Raising(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise error
+
+    with pytest.raises(UserError, match=rf"which Raising did not take \({words}\): give") as caught:
+        models.costs(Raising(), torch.randn(2, 3))
+    assert caught.value.__cause__ is error
+
+
 def test_the_table() -> None:
     text = repr(
         models.costs(nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)), torch.randn(2, 3, 10, 10))
