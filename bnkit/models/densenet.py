@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,13 +19,15 @@ from ._registry import register
 from ._residual import Style
 from ._size import LARGEST_SMALL_IMAGE, check_image_size, check_images
 
+_PUBLISHED_KEY = re.compile(r"(.*denselayer\d+\.(?:norm|conv))\.([12]\..+)")
+
 
 class DenseNet(nn.Module):
     """Blocks in which each layer sees the maps of all layers before it (Huang et al. 2017, table 1).
 
     A layer is norm → activation → 1×1 convolution → norm → activation → 3×3 convolution, and adds `growth_rate` maps
     to those it was given. Between blocks, a transition compresses the maps and halves their sides. Keys and shapes of
-    the `state_dict` are torchvision's.
+    the `state_dict` are torchvision's; its published files, which have older keys, load as well.
 
     Images up to 64 pixels a side get the stem that the paper has for CIFAR: a 3×3 convolution of stride 1, no pooling.
 
@@ -91,6 +95,7 @@ class DenseNet(nn.Module):
         self.features.add_module("relu5", relu5)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.classifier = output_layer(channels, num_classes, init)
+        self.register_load_state_dict_pre_hook(_rename_published)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         check_images(x, self.smallest, self.name)
@@ -210,6 +215,13 @@ def _transition(in_channels: int, out_channels: int, style: Style) -> nn.Sequent
     norm, relu = style.norm_and_activation(in_channels)
     conv = style.conv(in_channels, out_channels, 1)
     return nn.Sequential(OrderedDict(norm=norm, relu=relu, conv=conv, pool=nn.AvgPool2d(2)))
+
+
+def _rename_published(model: DenseNet, state: dict[str, Any], *_: Any) -> None:
+    """The files that torchvision published call a layer `norm.1`, where its modules, and ours, call it `norm1`."""
+    for key in list(state):
+        if found := _PUBLISHED_KEY.fullmatch(key):
+            state["".join(found.groups())] = state.pop(key)
 
 
 def _check_numbers(growth: int, features: int, bn_size: int, compression: float, drop_rate: float) -> None:

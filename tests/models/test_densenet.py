@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 import torchvision
@@ -39,6 +42,20 @@ def test_equals_torchvision_s_with_its_state(dtype: torch.dtype, tolerance: floa
         assert (ours.train(training)(x) - expected).abs().max() <= tolerance * expected.abs().max()
     for key, value in theirs.state_dict().items():
         torch.testing.assert_close(ours.state_dict()[key], value, rtol=10 * tolerance, atol=10 * tolerance)
+
+
+@pytest.mark.parametrize("name", ["densenet40", "densenet_bc100"])
+def test_torchvision_s_published_files_load(name: str, tmp_path: Path) -> None:
+    expected = draw_state(models.create(name, num_classes=3))
+    # As torchvision's densenet121() and the others rename what they download, the other way round.
+    old = {re.sub(r"(denselayer\d+\.(?:norm|conv))([12]\.)", r"\1.\2", key): value for key, value in expected.items()}
+    assert any(".denselayer1.norm.1.running_mean" in key for key in old)
+    torch.save(old, tmp_path / "published.pth")
+    direct, from_file = (models.create(name, num_classes=3) for _ in range(2))
+    direct.load_state_dict(old)
+    models.load_weights(from_file, tmp_path / "published.pth")
+    for model in (direct, from_file):
+        assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
 
 
 @pytest.mark.sweep
