@@ -80,17 +80,26 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     own = model.state_dict()
     state = _without_prefix(read_weights(path), own)
-    missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
-    extra = [name for name in state if name not in own]
+    read = _as_read_by(model, state)
+    missing = [name for name in own if name not in read and not name.endswith("num_batches_tracked")]
+    extra = [name for name in read if name not in own]
     other = [
-        f"{name} {tuple(state[name].shape)} for {tuple(value.shape)}"
+        f"{name} {tuple(read[name].shape)} for {tuple(value.shape)}"
         for name, value in own.items()
-        if name in state and not _is_extra(name) and state[name].shape != value.shape
+        if name in read and not _is_extra(name) and read[name].shape != value.shape
     ]
     found = [("lacks", missing), ("has besides", extra), ("has in another shape", other)]
     problems = "; ".join(f"{verb} {_some(names)}" for verb, names in found if names)
     require(not problems, f"{path} does not fit the model, it {problems}: build the model that it was saved from.")
     model.load_state_dict(state, strict=False)
+
+
+def _as_read_by(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+    """`state` as the model's own hooks leave it, which rename or leave out what other versions have saved."""
+    read = dict(state)
+    for hook in model._load_state_dict_pre_hooks.values():
+        hook(read, "", {}, True, [], [], [])
+    return read
 
 
 def _is_extra(name: str) -> bool:

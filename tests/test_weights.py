@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from bnkit import models
 from bnkit._checks import UserError
 from bnkit._weights import load_weights, read_weights, save_weights
 
@@ -113,6 +114,16 @@ def test_mismatches_are_named_and_nothing_is_loaded(tmp_path: Path):
     with pytest.raises(UserError, match=r"lacks 0\.weight, 0\.bias, .* and 1 more; has besides weight, bias"):
         load_weights(model, tmp_path / "v.pt")
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_what_a_model_leaves_out_by_itself_is_no_mismatch(tmp_path: Path):
+    options = {"num_classes": 3, "image_size": 32}
+    saved = models.create("googlenet", aux_logits=True, **options)
+    save_weights(saved, tmp_path / "w.pt")
+    model = models.create("googlenet", **options)
+    load_weights(model, tmp_path / "w.pt")
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, saved.state_dict()[name]), name
 
 
 def test_other_tensors_beside_the_weights(tmp_path: Path):
