@@ -114,9 +114,11 @@ def _of_paper(name: str, context: typer.Context) -> dict[str, Any]:
     of_model = next(recipe for key, recipe in models.BN_INCEPTION_RECIPES.items() if key.lower() == name.lower())
     found = {"model": "bn_inception", "norm": of_model.norm, "warmup": 0.0, **settings}
     free = {key: value for key, value in found.items() if not _is_given(context, key)}
-    model = free.get("model", context.params["model"])
+    model = free.get("model", context.params["model"]).removeprefix("bnkit:")
+    if ":" in model:  # of another library, whose models have neither our norms nor our options
+        return {key: value for key, value in free.items() if key != "norm"}
     own = {"activation": of_model.activation, "dropout": of_model.dropout, "lrn": of_model.lrn}
-    known = models.options(model.removeprefix("bnkit:")) if ":" not in model.removeprefix("bnkit:") else {}
+    known = models.options(model)
     options = [f"{key}={value}" for key, value in own.items() if key in known]
     return {**free, "option": options + (context.params["option"] or [])}
 

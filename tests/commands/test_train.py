@@ -181,6 +181,15 @@ def test_a_recipe_of_the_paper(bnkit: Command, pictures: Path):
     assert config["decay"] == pytest.approx(0.96 ** (0.4 / 8))
 
 
+def test_a_recipe_with_a_model_of_another_library(bnkit: Command, pictures: Path):
+    shared = ("--data", pictures, "--precision", "32-true", "--epochs", 0.4, "--evaluations", 1, "--out", "run")
+    model = ("--model", "torchvision:squeezenet1_1", "-o", "num_classes=2", "--image-size", 40)
+    assert bnkit("train", "--recipe", "bn-x5", *model, *shared).exit_code == 0
+    told = json.loads(Path("run/run.json").read_text())
+    assert (told["recipe"]["norm"], told["recipe"]["options"]) == (None, ["num_classes=2"])
+    assert told["config"]["lr"] == 0.0075
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
