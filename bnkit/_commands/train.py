@@ -201,21 +201,26 @@ def _run(
     import torch
 
     from ..report import LiveProgress, print_page
+    from ..train import load_evaluated
 
     first = rank() == 0
     if first:
         check_writable(out)
     torch.manual_seed(config.seed)
     model = build_model(recipe, images)
-    if recipe["weights"] is not None and not resume:
+    checkpoint = out / CHECKPOINT
+    saved = checkpoint if resume and checkpoint.exists() else None
+    if recipe["weights"] is not None and saved is None:
         load_weights(model, recipe["weights"])
     run = {"recipe": recipe, "config": config.to_dict(), "command": shlex.join(["bnkit", *sys.argv[1:]])}
     if first and not resume:
         write_text(out / RUN, json_module.dumps(run, indent=2) + "\n")
     with LiveProgress(console if first else Console(quiet=True)).shown() as progress:
-        history, partial = _fit(model, images, config, out / CHECKPOINT, resume, progress)
+        history, partial = _fit(model, images, config, checkpoint, saved, progress)
     if not first:
         return
+    if partial is not None:
+        load_evaluated(checkpoint, model)
     save_weights(model, out / WEIGHTS)
     page = _save(run, history, images, out, partial)
     if as_json:
@@ -226,7 +231,12 @@ def _run(
 
 
 def _fit(
-    model: nn.Module, images: ImageSet | Photographs, config: FitConfig, checkpoint: Path, resume: bool, progress: Any
+    model: nn.Module,
+    images: ImageSet | Photographs,
+    config: FitConfig,
+    checkpoint: Path,
+    saved: Path | None,
+    progress: Any,
 ) -> tuple[History, str | None]:
     """Train; what came of it, and why it ended early, if it did."""
     from ..train import History, iterate
@@ -234,9 +244,7 @@ def _fit(
     history = History(config)
     progress.phase("training", config.steps)
     try:
-        for evaluation in iterate(
-            model, images, config, checkpoint=checkpoint, resume=checkpoint if resume and checkpoint.exists() else None
-        ):
+        for evaluation in iterate(model, images, config, checkpoint=checkpoint, resume=saved):
             history.evaluations.append(evaluation)
             progress.update(evaluation.step, {"test": evaluation.test_accuracy})
     except KeyboardInterrupt:

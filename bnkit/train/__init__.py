@@ -1,6 +1,7 @@
 """Training: settings, the loop, evaluation, checkpoints, optimizer groups."""
 
 from ._bn_inception import bn_inception_settings
+from ._checkpoint import load_evaluated
 from ._config import FitConfig
 from ._evaluate import evaluate, labelled_probabilities, probabilities
 from ._fit import Diverged, fit, iterate
@@ -21,6 +22,7 @@ __all__ = [
     "iterate",
     "labelled_probabilities",
     "learning_rate",
+    "load_evaluated",
     "parameter_groups",
     "probabilities",
 ]

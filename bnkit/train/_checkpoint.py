@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._checks import UserError, require
 from .._files import damaged_entry, written_aside
@@ -78,6 +78,22 @@ def load(path: str | os.PathLike[str], run: Run) -> None:
     with _reading(path, "step"):
         run.step = _whole(content["step"])
     run.model.load_state_dict(content["model"])
+
+
+def load_evaluated(path: str | os.PathLike[str], model: nn.Module) -> None:
+    """Give `model` the weights that a checkpoint's last evaluation was of: the average's, where the run keeps one.
+
+    Raises:
+        UserError: no file, not a whole checkpoint, or one of another model.
+    """
+    content = _read(Path(path))
+    with _reading(path, "model"):
+        state = content["model"]
+        if content["average"] is not None:
+            state = {name.removeprefix("module."): value for name, value in content["average"].items()}
+            del state["n_averaged"]
+        _require_fits(path, state, model.state_dict())
+    model.load_state_dict(state)
 
 
 @contextlib.contextmanager

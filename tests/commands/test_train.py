@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from torch.optim import SGD
 from typer.testing import Result
 
 from bnkit import data
@@ -90,11 +92,35 @@ def test_an_interrupted_run_is_kept_and_resumed(
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+@pytest.mark.parametrize("ema", [0, 0.9])
+def test_an_interrupted_run_keeps_the_weights_it_evaluated(
+    bnkit: Command, pictures: Path, monkeypatch: pytest.MonkeyPatch, ema: float
+):
+    calls = itertools.count()
+
+    def interrupted(optimizer: SGD, *rest: object):
+        if next(calls) == 10:
+            raise KeyboardInterrupt
+        return step(optimizer, *rest)
+
+    options = ("--data", pictures, "--epochs", 4, "--batch-size", 16, "--out", "part", "--evaluations", 4)
+    step = SGD.step
+    with monkeypatch.context() as patch:
+        patch.setattr(SGD, "step", interrupted)
+        assert "interrupted after step 6 of 24" in bnkit("train", *MODEL, *options, "--ema", ema).output
+    reported = rows_of(Path("part"))[-1]
+    (found,) = json.loads(bnkit("evaluate", "part", "--json").output)["results"]
+    assert found["loss"] == pytest.approx(float(reported["test_loss"]), rel=1e-6)
+
+
 def test_weights_to_start_from(bnkit: Command, run: Path, pictures: Path):
     shared = ("--weights", run / "weights.safetensors", "--lr", 1e-12, "--weight-decay", 0)
     bnkit("train", *MODEL, "--data", pictures, "--epochs", 1, "--batch-size", 16, *shared, "--out", "on")
     rows = rows_of(Path("on"))
     assert float(rows[0]["test_accuracy"]) > 0.9
+    Path("on/checkpoint.pt").unlink()  # as where the run was killed before it wrote one
+    bnkit("train", "--resume", "on")
+    assert rows_of(Path("on"))[0]["test_accuracy"] == rows[0]["test_accuracy"]
 
 
 def test_models_of_other_libraries(bnkit: Command, pictures: Path):
