@@ -9,6 +9,7 @@ at its own best.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -89,7 +90,7 @@ class CompareConfig:
             require(value >= 1, f"{name.replace('_', ' ')} must be at least 1, got {value}.")
         require(self.threads is None or self.threads >= 1, f"--threads must be at least 1, got {self.threads}.")
         check_seed(self.seed)
-        require(self.rate > 0, f"the learning rate must be positive, got {self.rate:g}.")
+        require(0 < self.rate < math.inf, f"the learning rate must be positive and finite, got {self.rate:g}.")
         require(
             self.batch_size > 1 or "batch" not in self.norms,
             "batch normalization needs more than one image a batch, got batch size 1: use --batch-size 2 or more, "

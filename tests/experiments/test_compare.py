@@ -186,8 +186,9 @@ def test_json_has_no_nan(full):
         ({"seeds": 0}, "seeds must be at least 1, got 0"),
         ({"seed": -1}, "must not be negative, got -1"),
         ({"seed": 10**20}, r"must be less than 2\^63, got 100000000000000000000"),
-        ({"learning_rate": 0.0}, "learning rate must be positive, got 0"),
-        ({"learning_rate": math.nan}, "learning rate must be positive, got nan"),
+        ({"learning_rate": 0.0}, "learning rate must be positive and finite, got 0"),
+        ({"learning_rate": math.nan}, "learning rate must be positive and finite, got nan"),
+        ({"learning_rate": math.inf}, "learning rate must be positive and finite, got inf"),
         ({"batch_size": 1}, "more than one image a batch, got batch size 1: use --batch-size 2"),
     ],
 )
