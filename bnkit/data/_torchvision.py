@@ -65,6 +65,11 @@ def _load_idx(name: str, root: Path, download: bool) -> ImageSet:
             f"images and labels in {folder} don't belong together ({tuple(images.shape)} and {tuple(labels.shape)}): "
             "delete them and pass --download.",
         )
+        require(
+            not (labels >= len(_LABELS[name])).any(),
+            f"the labels in {folder} must be less than {len(_LABELS[name])}, got {labels.max()}: "
+            "the file is damaged, delete it and pass --download.",
+        )
     return ImageSet(
         name=name,
         train_images=arrays[0].unsqueeze(1),

@@ -113,6 +113,16 @@ def test_class_names_are_torchvisions():
     assert [f"{label} - " for label in _LABELS["mnist"]] == [name[:4] for name in datasets.MNIST.classes]
 
 
+def test_labels_must_be_of_the_classes(tmp_path: Path):
+    folder = tmp_path / "MNIST" / "raw"
+    folder.mkdir(parents=True)
+    for name in FILES:
+        images = np.zeros((4, 28, 28), np.uint8)
+        (folder / name).write_bytes(idx(images if "images" in name else np.array([0, 3, 77, 9], np.uint8)))
+    with pytest.raises(UserError, match=r"the labels in .*raw must be less than 10, got 77: the file is damaged"):
+        load("mnist", data_dir=tmp_path)
+
+
 def test_images_and_labels_must_belong_together(small_mnist, tmp_path: Path):
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
