@@ -39,4 +39,4 @@ def eight_bits(image: Image.Image) -> Image.Image:
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise ValueError(f"pixels of type {image.mode} have no fixed range")
-    return image.convert("L" if image.mode in ("1", "L") else "RGB")
+    return image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")

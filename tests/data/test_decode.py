@@ -74,6 +74,11 @@ def test_alpha_is_ignored():
     np.testing.assert_array_equal(decode(encoded(Image.fromarray(pixels)), 8), pixels[..., :3].transpose(2, 0, 1))
 
 
+def test_gray_with_alpha_stays_gray():
+    pixels = noise(8, 8, 2)
+    np.testing.assert_array_equal(decode(encoded(Image.fromarray(pixels)), 8), pixels[..., 0][None])
+
+
 def test_a_palette_becomes_colour():
     image = Image.fromarray(noise(8, 8, 3)).quantize(7)
     expected = np.asarray(image.convert("RGB"))
