@@ -32,13 +32,22 @@ class Source:
 
 
 def open_directory(path: Path) -> Source:
-    """The images in a folder on disk; symbolic links are followed."""
+    """The images in a folder on disk; symbolic links are followed.
+
+    Raises:
+        UserError: a folder in it can't be read.
+    """
     files, folders = [], []
-    for parent, children, names in os.walk(path, followlinks=True):
+    for parent, children, names in os.walk(path, followlinks=True, onerror=_refuse):
+        children[:] = filter(_visible, children)  # others may be unreadable
         prefix = Path(parent).relative_to(path)
         folders += [(prefix / child).as_posix() for child in children]
         files += [(prefix / name).as_posix() for name in names]
-    return Source(path, _images(files), frozenset(filter(_visible, folders)), lambda file: (path / file).read_bytes())
+    return Source(path, _images(files), frozenset(folders), lambda file: (path / file).read_bytes())
+
+
+def _refuse(error: OSError) -> None:
+    raise UserError(f"can't read the folder {error.filename} ({error.strerror}): allow it, or remove it.") from error
 
 
 def open_zip(path: Path) -> Source:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import zipfile
 from pathlib import Path
 
@@ -56,6 +57,19 @@ def test_links_are_followed(tree: Path, tmp_path: Path):
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked" / "class").symlink_to(tree / "a")
     assert open_directory(tmp_path / "linked").files == ("class/1.png", "class/b/2.JPEG")
+
+
+def test_a_folder_that_can_not_be_read_is_not_taken_for_an_empty_one(tree: Path, monkeypatch: pytest.MonkeyPatch):
+    folder, scandir = tree / "a" / "b", os.scandir
+
+    def denied(path: str):
+        if Path(path) in (folder, tree / ".git"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(UserError, match=rf"can't read the folder .*{folder.name} \(Permission denied\): allow it"):
+        open_directory(tree)
 
 
 def test_what_is_no_zip_is_refused(tmp_path: Path):
