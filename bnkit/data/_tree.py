@@ -34,7 +34,8 @@ def arrange(source: Source, *, labels: bool = True) -> Arrangement:
     Without `labels`, images that are in no class folders are of one class, for training and for testing alike.
 
     Raises:
-        UserError: there are no images, no class folders, only one, an empty one, or train and test differ in classes.
+        UserError: there are no images, no class folders, only one, an empty one, or train and test differ in classes,
+            or have other names.
     """
     require(
         bool(source.files),
@@ -47,6 +48,7 @@ def arrange(source: Source, *, labels: bool = True) -> Arrangement:
         return Arrangement(("images",), every, every)
     test_folder = next((name for name in _TEST_FOLDERS if name in parts), None)
     if "train" not in parts or test_folder is None:
+        _refuse_other_splits(source, root, parts)
         return _split(_class_files(source, root), root)
     train = _class_files(source, f"{root}train/")
     test = _class_files(source, f"{root}{test_folder}/")
@@ -57,6 +59,19 @@ def arrange(source: Source, *, labels: bool = True) -> Arrangement:
             f"of {source.path}: add it to {absent}/ or remove it."
         )
     return Arrangement(tuple(train), _labelled(train), _labelled(test))
+
+
+def _refuse_other_splits(source: Source, root: str, parts: list[str]) -> None:
+    """Raise where folders such as `train` and `valid`, or `Training` and `Testing`, would be taken for classes."""
+    inner = {name: _subfolders(source, f"{root}{name}/") for name in parts}
+    training = next((name for name in parts if name.lower().startswith("train")), None)
+    if training is None or len(parts) == 1 or len(inner[training]) < 2:
+        return
+    require(
+        any(names != inner[training] for names in inner.values()),
+        f"{' and '.join(parts)} in {Path(source.path, root)} hold folders of the same names, such as "
+        f"{inner[training][0]!r}, so they don't look like classes: call them train and test (or val).",
+    )
 
 
 def _enter(source: Source) -> str:

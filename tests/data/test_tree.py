@@ -54,6 +54,16 @@ def test_train_and_test_may_be_classes_among_others():
     assert arrange(source("train/1.png", "bus/1.png", "plane/1.png")).classes == ("bus", "plane", "train")
 
 
+@pytest.mark.parametrize("parts", [("train", "valid"), ("Training", "Testing"), ("Train", "Val", "extra")])
+def test_a_split_by_other_names_is_not_taken_for_classes(parts: tuple[str, ...]):
+    files = [f"{part}/{name}/1.png" for part in parts for name in ("cat", "dog")]
+    with pytest.raises(UserError, match=r"hold folders of the same names, such as 'cat', .*: call them train and test"):
+        arrange(source(*files))
+    # Not so if they differ in their folders, or none is for training.
+    assert arrange(source(*files, f"{parts[1]}/cow/1.png")).classes == tuple(sorted(parts))
+    assert arrange(source(*(file.lower().replace("train", "m") for file in files))).classes[-1] != "train"
+
+
 @given(st.lists(st.integers(1, 60), min_size=2, max_size=4))
 def test_the_split_gives_a_fifth_of_each_class_to_the_test(counts):
     files = [file for i, count in enumerate(counts) for file in numbered(f"class{i}", count)]
