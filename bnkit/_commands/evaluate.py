@@ -72,6 +72,7 @@ def evaluate(
 def _run_of(path: Path, given: dict[str, Any]) -> dict[str, Any]:
     if path.is_dir():
         return read_run(path)
+    require(path.exists(), f"there is no run or file {path}: name one that exists.")
     require(given["recipe"]["model"] is not None, f"{path} does not say of which model it is: add --model.")
     return given
 

@@ -241,6 +241,8 @@ def test_mistakes(bnkit: Command, pictures: Path, arguments: list[str], words: s
 
 
 def test_mistakes_in_evaluation(bnkit: Command, run: Path):
+    with pytest.raises(UserError, match="there is no run or file runs/nowhere: name one that exists"):
+        bnkit("evaluate", "runs/nowhere")
     with pytest.raises(UserError, match="does not say of which model it is: add --model"):
         bnkit("evaluate", run / "weights.safetensors")
     with pytest.raises(UserError, match="don't say what they were trained on: add --data"):
