@@ -212,7 +212,9 @@ def _run(
     saved = checkpoint if resume and checkpoint.exists() else None
     if recipe["weights"] is not None and saved is None:
         load_weights(model, recipe["weights"])
-    run = {"recipe": recipe, "config": config.to_dict(), "command": shlex.join(["bnkit", *sys.argv[1:]])}
+    # What repeats a run is what began it, also after a resume.
+    command = (read_run(out) if resume else {}).get("command") or shlex.join(["bnkit", *sys.argv[1:]])
+    run = {"recipe": recipe, "config": config.to_dict(), "command": command}
     if first and not resume:
         write_text(out / RUN, json_module.dumps(run, indent=2) + "\n")
     with LiveProgress(console if first else Console(quiet=True)).shown() as progress:

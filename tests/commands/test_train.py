@@ -85,8 +85,12 @@ def test_an_interrupted_run_is_kept_and_resumed(
     assert json.loads(Path("part/run.json").read_text())["partial"] is not None
     assert rows_of(Path("part"))[-1]["step"] == "12"
 
-    bnkit("train", "--resume", "part")
-    assert json.loads(Path("part/run.json").read_text())["partial"] is None
+    command = json.loads(Path("part/run.json").read_text())["command"]
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.argv", ["bnkit", "train", "--resume", "part"])
+        bnkit("train", "--resume", "part")
+    told = json.loads(Path("part/run.json").read_text())
+    assert (told["partial"], told["command"]) == (None, command)
     assert [row["step"] for row in rows_of(Path("part"))] == ["0", "6", "12", "18", "24"]
     whole, resumed = read_weights(run / "weights.safetensors"), read_weights("part/weights.safetensors")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
