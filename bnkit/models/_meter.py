@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 from .._checks import UserError
 from .._modes import hooked
@@ -26,8 +25,11 @@ class Meter(TorchDispatchMode):
     """Counts by module what one pass does. Operators are seen below autograd, modules by their hooks."""
 
     def __init__(self, model: nn.Module) -> None:
+        from torch.utils.flop_counter import flop_registry  # which imports Triton
+
         super().__init__()
         self.model = model
+        self._flops = flop_registry
         self.multiply_adds: dict[str, int] = {}
         self.kept: dict[str, int] = {}
         self.norm_bytes: dict[str, int] = {}
@@ -72,7 +74,7 @@ class Meter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        formula = flop_registry.get(func._overloadpacket)
+        formula = self._flops.get(func._overloadpacket)
         if formula is not None and self._running:
             flops = formula(*args, **kwargs, out_val=out)
             self.multiply_adds[self._running[-1]] = self.multiply_adds.get(self._running[-1], 0) + flops // 2
