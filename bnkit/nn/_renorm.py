@@ -18,6 +18,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from .. import functional
 from .._checks import require
 from ..moments import Moments, statistics_dtype
+from ..ops.dispatch import is_recorded
 from ._any_dimension import AnyDimension, Options
 from ._batch_norm import is_recomputation
 
@@ -131,7 +132,7 @@ class BatchRenorm(AnyDimension):
         if is_recomputation() and _has_values(batch.mean):
             return self._passes.find(batch)
         r, d = self._correction_of(batch)
-        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        if torch.compiler.is_compiling() and not is_recorded():
             r, d = torch.ops.bnkit.saved(r), torch.ops.bnkit.saved(d)
         return _Pass(batch.mean, batch.m2, r, d)
 

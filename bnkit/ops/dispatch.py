@@ -160,7 +160,8 @@ def count_version(training: bool, running_mean: Tensor | None, running_var: Tens
 
 def is_recorded() -> bool:
     """Whether calls are recorded for use without this package."""
-    return torch._C._get_tracing_state() is not None or torch.compiler.is_exporting()
+    # Under `torch.compile` the function `torch.compiler.is_exporting` is true in PyTorch 2.11, which exports nothing.
+    return torch._C._get_tracing_state() is not None or torch.compiler._is_exporting_flag
 
 
 def through_own_statistics(
