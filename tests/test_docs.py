@@ -1,5 +1,6 @@
 """The documentation is true: its Python runs, its command lines exist, its links lead somewhere."""
 
+import pkgutil
 import re
 import shlex
 from pathlib import Path
@@ -17,6 +18,7 @@ WITH_PYTHON = [page for page in PAGES if "```python\n" in page.read_text(encodin
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE_CODE = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+PUBLIC_NAME = re.compile(r"(?<![\w.])bnkit(?:\.[A-Za-z]\w*)+")
 
 
 def blocks(page, *languages):
@@ -106,6 +108,13 @@ def test_compare_page_names_every_option_and_no_other():
     options = {name for parameter in command.params for name in parameter.opts}
     tables = re.findall(r"^\| `(--[\w-]+)` \|", prose(ROOT / "docs" / "compare.md"), re.MULTILINE)
     assert sorted(tables) == sorted(options - {"--help"})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_names_within_sentences_exist(page):
+    for code in INLINE_CODE.findall(prose(page)):
+        for name in PUBLIC_NAME.findall(code):
+            pkgutil.resolve_name(name)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
