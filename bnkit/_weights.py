@@ -58,7 +58,8 @@ def _read_torch(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # Damaged bytes make the unpickler raise whatever they happen to spell.
-        if "weights_only" in str(error).lower() and "unsupported" in str(error).lower():
+        about_pickle = "weights_only" in str(error).lower() and "unsupported" in str(error).lower()
+        if about_pickle and _starts_as_saved(path):
             raise UserError(
                 f"{path} is a pickle of more than weights, which could run any code when read: in a program that "
                 "you trust it in, load it and save model.state_dict(), and use that file."
@@ -66,6 +67,12 @@ def _read_torch(path: Path) -> Any:
         raise UserError(
             f"{path} is not a whole checkpoint ({type(error).__name__}): fetch or save it again."
         ) from error
+
+
+def _starts_as_saved(path: Path) -> bool:
+    """Whether `torch.save` may have written it: a zip archive or a binary pickle, and no text fetched instead."""
+    with path.open("rb") as file:
+        return file.read(2).startswith((b"PK", b"\x80"))
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:

@@ -168,3 +168,10 @@ def test_extra_state_that_is_no_tensor_comes_back(tmp_path: Path):
     load_weights(other, tmp_path / "a.pt")
     assert other[0].extra == {"steps": 7}
     assert torch.equal(other[0].weight, model[0].weight)
+
+
+@pytest.mark.parametrize("text", ["version https://git-lfs.github.com/spec/v1\n", "<!DOCTYPE html>\n"])
+def test_text_in_place_of_a_checkpoint_is_not_taken_for_a_pickle(tmp_path, text):
+    (tmp_path / "weights.pt").write_text(text)
+    with pytest.raises(UserError, match="is not a whole checkpoint"):
+        read_weights(tmp_path / "weights.pt")
