@@ -50,7 +50,7 @@ def fine_tune(
 ) -> Insertion:
     """What `insertion` does, on images that are loaded."""
     config, progress = config or InsertionConfig(), progress or Silent()
-    chosen = _some(len(images.test_images), config.test_images, 0)
+    chosen = _some(len(images.test_images), config.test_images)
     images = dataclasses.replace(images, test_images=images.test_images[chosen], test_labels=images.test_labels[chosen])
     networks: dict[tuple[float, int], nn.Sequential] = {}
 
@@ -128,11 +128,11 @@ def _trial(arm: str, network: nn.Module, images: ImageSet, settings: FitConfig) 
 def _calibration(images: ImageSet, config: InsertionConfig) -> Iterator[Tensor]:
     """Training images as `fit` shows them to the network."""
     mean, std = images.mean.view(1, -1, 1, 1), images.std.view(1, -1, 1, 1)
-    chosen = _some(len(images.train_images), config.calibration_images, 0)
+    chosen = _some(len(images.train_images), config.calibration_images)
     for batch in images.train_images[chosen].split(250):
         yield (batch.float() / 255 - mean) / std
 
 
-def _some(total: int, count: int, seed: int) -> Tensor:
-    """Indices drawn without replacement: image sets may be ordered by class."""
-    return torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count]
+def _some(total: int, count: int) -> Tensor:
+    """Indices drawn without replacement, always the same: image sets may be ordered by class."""
+    return torch.randperm(total, generator=torch.Generator().manual_seed(0))[:count]
