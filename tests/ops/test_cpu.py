@@ -62,6 +62,7 @@ STREAMED = {
     (300, 2, 96, 97): "runs that start at any address",
     (9, 64, 92, 92): "aligned runs",
     (20_000, 256): "aligned rows",
+    (140_001, 31): "narrow rows, of which two go as one",
     (9_100, 513): "rows of which none but the first is aligned",
 }
 
@@ -113,6 +114,16 @@ def test_first_values_unlike_all_others(shape):
     """The first shift is taken from values that have nothing to do with the rest."""
     case = make_case(shape, mean=0.0, std=1.0)
     case.x[: shape[0] // 50] = 3e4
+    check(case)
+
+
+@pytest.mark.parametrize("shape", [(64, 3, 30, 31), (60_000, 3), (9_000, 70)], ids=str)
+@pytest.mark.parametrize("where", [0.01, 0.1, 0.5, 0.99])
+@pytest.mark.usefixtures("instruction_set")
+def test_values_that_leave_the_mean_so_far(shape, where):
+    """From somewhere on all values lie far from the shift that the ones before have given."""
+    case = make_case(shape, mean=0.0, std=1.0)
+    case.x[int(where * shape[0]) :] += 3e4
     check(case)
 
 

@@ -11,6 +11,7 @@ enum { TILE = 4 }; /* vectors side by side whose sums stay in registers while UN
  * Passed by value, as the maps are: a compiler then knows that no store changes them. */
 typedef struct {
     int64_t start, height, width, stride, column;
+    bool is_large; /* the tensor, for the caches */
 } patch;
 
 INLINE vec_maps forward_maps_at(channel_maps m, int64_t j)
@@ -67,12 +68,14 @@ INLINE bool can_stream(const elem *out, patch p)
     } while (0)
 
 /* Tiles of rows wider than they are do not go through memory in its order, which memory rewards: so with each of them
- * as much is asked for of the next UNROLL rows, in that order. From which element on, or -1. */
+ * as much is asked for of what lies UNROLL rows ahead, in that order. Narrow rows come in order: asking for them pays
+ * only if they come from memory. From which element on, or -1. */
 INLINE int64_t next_of(patch p, int64_t r, int64_t column)
 {
-    if (p.width <= TILE * LANES || p.width < p.stride || r + 2 * UNROLL > p.height)
+    if (p.width < p.stride || (p.width <= TILE * LANES && !p.is_large))
         return -1;
-    return p.start + (r + UNROLL) * p.stride + UNROLL * column;
+    const int64_t ahead = UNROLL * p.stride;
+    return p.start + r * p.stride + UNROLL * column + (ahead < AHEAD ? AHEAD : ahead);
 }
 
 INLINE void ask_for(const elem *x, int64_t next, int vectors)

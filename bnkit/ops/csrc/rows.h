@@ -15,7 +15,7 @@
 enum {
     ROWS_WIDTH = 64,             /* narrow rows are folded to at least this */
     ROWS_FIRST = 8,              /* folded rows that give the first shift */
-    ROWS_CHUNK = 128,            /* folded rows that are summed around one shift */
+    ROWS_CHUNK = 128,            /* folded rows that are summed around it, at least */
     ROWS_BLOCK_ELEMENTS = 32768, /* a block at least */
     ROWS_BLOCK_VALUES = 128,     /* a channel's values in a block at least */
     ROWS_MAX_BLOCKS = 64,
@@ -28,6 +28,7 @@ typedef struct {
     int64_t fold;   /* rows that are swept as one */
     int64_t padded; /* elements of an array as wide as a folded row: a vector may start at any of them */
     int blocks, threads;
+    bool is_large;  /* outputs go past the caches */
     void *memory;
     double *partial[2]; /* (blocks, channels): a block's mean and m2, or its sums of dz and dz_x */
     double *sums;       /* (threads, 2, padded) */
@@ -62,9 +63,10 @@ static bool allocate_rows(rows *p)
     return true;
 }
 
-static bool rows_of(int64_t outer, int64_t channels, int64_t inner, int threads, rows *p)
+static bool rows_of(int64_t outer, int64_t channels, int64_t inner, int threads, bool is_large, rows *p)
 {
     *p = (rows){.rows = outer, .channels = channels, .inner = inner, .row = channels * inner, .threads = threads};
+    p->is_large = is_large;
     p->fold = between(1, (ROWS_WIDTH + p->row - 1) / p->row, outer);
     p->padded = round_up(p->fold * p->row + LANES, ROWS_ALIGNMENT);
     p->blocks = (int)between(1, smaller(outer * inner / ROWS_BLOCK_VALUES, outer * p->row / ROWS_BLOCK_ELEMENTS),
@@ -96,8 +98,8 @@ static void patches_of(const rows *p, const row_share *s, int64_t begin, int64_t
 {
     const int64_t column = s->c0 * p->inner, stride = p->fold * p->row, whole = (end - begin) / p->fold;
     const int64_t width = p->fold > 1 ? stride : (s->c1 - s->c0) * p->inner, start = begin * p->row + column;
-    patches[0] = (patch){start, whole, width, stride, column};
-    patches[1] = (patch){start + whole * stride, 1, (end - begin) % p->fold * p->row, stride, column};
+    patches[0] = (patch){start, whole, width, stride, column, p->is_large};
+    patches[1] = (patch){start + whole * stride, 1, (end - begin) % p->fold * p->row, stride, column, p->is_large};
 }
 
 INLINE bool is_plain(const rows *p) { return p->fold == 1 && p->inner == 1; }

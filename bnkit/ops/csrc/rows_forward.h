@@ -27,7 +27,8 @@ static void set_shift(const rows *p, const row_share *s, const double *mean)
     }
 }
 
-/* Each chunk is summed around the mean so far, the first around that of its first rows. */
+/* Each chunk is summed around the mean so far, the first around that of its first rows. It is as long as all before it:
+ * however far its values lie from their mean, the variance of them all has a good part of that distance in it. */
 static void moments_of_row_block(const rows *p, const row_share *s, const elem *x, int b)
 {
     const int64_t begin = row_block_start(p, b), end = row_block_start(p, b + 1), chunk = ROWS_CHUNK * p->fold;
@@ -39,7 +40,7 @@ static void moments_of_row_block(const rows *p, const row_share *s, const elem *
         mean[c] = s->sum[c] / row_values(p, begin, first);
     memset(m2 + s->c0, 0, sizeof *m2 * n);
     for (int64_t next, r = begin; r < end; r = next) {
-        next = smaller(r + chunk, end);
+        next = smaller(r + (r - begin < chunk ? chunk : r - begin), end);
         set_shift(p, s, mean);
         sum_share(p, s, x, r, next);
         absorb_sums(n, mean + s->c0, m2 + s->c0, row_values(p, begin, r), s->sum + s->c0, s->dot + s->c0,
@@ -89,7 +90,7 @@ static void forward_rows_share(const bnkit_forward *f, const rows *p, int rank, 
 static bool forward_rows(const bnkit_forward *f)
 {
     rows p;
-    if (!rows_of(f->outer, f->channels, f->inner, f->threads, &p))
+    if (!rows_of(f->outer, f->channels, f->inner, f->threads, f->stream, &p))
         return false;
     if (p.threads == 1)
         forward_rows_share(f, &p, 0, 1);

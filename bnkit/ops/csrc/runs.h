@@ -4,7 +4,7 @@
 
 #include "vectors.h"
 
-enum { BATCH = UNROLL * LANES, AHEAD = 4096 / sizeof(elem) };
+enum { BATCH = UNROLL * LANES };
 
 /* The processor can't foresee where the next run is: short runs ask for all of it, long ones for the batch that lies
  * AHEAD of the i-th of n elements, or as far into the next run. */

@@ -5,7 +5,10 @@
 #include "activations.h"
 #include "channels.h"
 
-enum { UNROLL = 8 };
+enum {
+    UNROLL = 8,
+    AHEAD = 4096 / sizeof(elem) /* elements from one in use to the one asked for, at least */
+};
 
 /* Calls CALL with the activation and the flag as constants for the cases worth a loop of their own. */
 #define SPECIALIZE(activation, flag, CALL)                                                                             \
