@@ -11,7 +11,7 @@ enum { TILE = 4 }; /* vectors side by side whose sums stay in registers while UN
  * Passed by value, as the maps are: a compiler then knows that no store changes them. */
 typedef struct {
     int64_t start, height, width, stride, column;
-    bool is_large; /* the tensor, for the caches */
+    bool is_large; /* whether the tensor is larger than the caches */
 } patch;
 
 INLINE vec_maps forward_maps_at(channel_maps m, int64_t j)

@@ -28,7 +28,7 @@ typedef struct {
     int64_t fold;   /* rows that are swept as one */
     int64_t padded; /* elements of an array as wide as a folded row: a vector may start at any of them */
     int blocks, threads;
-    bool is_large;  /* outputs go past the caches */
+    bool is_large;  /* larger than the caches */
     void *memory;
     double *partial[2]; /* (blocks, channels): a block's mean and m2, or its sums of dz and dz_x */
     double *sums;       /* (threads, 2, padded) */
