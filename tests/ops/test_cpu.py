@@ -62,7 +62,8 @@ STREAMED = {
     (300, 2, 96, 97): "runs that start at any address",
     (9, 64, 92, 92): "aligned runs",
     (20_000, 256): "aligned rows",
-    (140_001, 31): "narrow rows, of which two go as one",
+    (140_001, 31): "rows of which three go as one, none aligned",
+    (140_001, 32): "rows of which two go as one, no wider than a tile of AVX-512",
     (9_100, 513): "rows of which none but the first is aligned",
 }
 

@@ -11,7 +11,7 @@ enum { TILE = 4 }; /* vectors side by side whose sums stay in registers while UN
  * Passed by value, as the maps are: a compiler then knows that no store changes them. */
 typedef struct {
     int64_t start, height, width, stride, column;
-    bool is_large; /* whether the tensor is larger than the caches */
+    bool stream; /* outputs go past the caches, which the tensor is too large for */
 } patch;
 
 INLINE vec_maps forward_maps_at(channel_maps m, int64_t j)
@@ -72,7 +72,7 @@ INLINE bool can_stream(const elem *out, patch p)
  * only if they come from memory. From which element on, or -1. */
 INLINE int64_t next_of(patch p, int64_t r, int64_t column)
 {
-    if (p.width < p.stride || (p.width <= TILE * LANES && !p.is_large))
+    if (p.width < p.stride || (p.width <= TILE * LANES && !p.stream))
         return -1;
     const int64_t ahead = UNROLL * p.stride;
     return p.start + r * p.stride + UNROLL * column + (ahead < AHEAD ? AHEAD : ahead);
@@ -119,10 +119,9 @@ INLINE void normalize_rows_as(const elem *x, const elem *residual, elem *y, patc
 #undef NORMALIZE
 }
 
-static void normalize_rows(const elem *x, const elem *residual, elem *y, patch p, channel_maps m, int activation,
-                           bool stream)
+static void normalize_rows(const elem *x, const elem *residual, elem *y, patch p, channel_maps m, int activation)
 {
-    stream = stream && can_stream(y, p);
+    const bool stream = p.stream && can_stream(y, p);
 #define NORMALIZE(activation, add) normalize_rows_as(x, add ? residual : x, y, p, m, stream, activation, add)
     SPECIALIZE(activation, residual != NULL, NORMALIZE);
 #undef NORMALIZE
@@ -163,9 +162,9 @@ INLINE void sum_gradient_rows_as(const elem *dy, const elem *x, const elem *resi
 
 /* Adds, for each place in a row, the sums of dz and of dz (x - shift). Writes dz out if dresidual is given. */
 static void sum_gradient_rows(const elem *dy, const elem *x, const elem *residual, elem *dresidual, patch p,
-                              channel_maps m, double *sum, double *dot, int activation, bool stream)
+                              channel_maps m, double *sum, double *dot, int activation)
 {
-    stream = stream && dresidual && can_stream(dresidual, p);
+    const bool stream = p.stream && dresidual && can_stream(dresidual, p);
 #define SUM(activation, add)                                                                                           \
     sum_gradient_rows_as(dy, x, add ? residual : x, dresidual, p, m, sum, dot, stream, activation, add)
     SPECIALIZE(activation, residual != NULL, SUM);
@@ -184,9 +183,9 @@ INLINE void gradient_rows_as(const elem *dy, const elem *x, const elem *residual
 
 /* dx and dresidual, as far as given. */
 static void gradient_rows(const elem *dy, const elem *x, const elem *residual, elem *dx, elem *dresidual, patch p,
-                          channel_maps m, bool through_x, int activation, bool stream)
+                          channel_maps m, bool through_x, int activation)
 {
-    stream = stream && (!dx || can_stream(dx, p)) && (!dresidual || can_stream(dresidual, p));
+    const bool stream = p.stream && (!dx || can_stream(dx, p)) && (!dresidual || can_stream(dresidual, p));
 #define GRADIENT(activation, add)                                                                                      \
     gradient_rows_as(dy, x, add ? residual : x, dx, dresidual, p, m, through_x, stream, activation, add)
     SPECIALIZE(activation, residual != NULL, GRADIENT);

@@ -28,7 +28,7 @@ typedef struct {
     int64_t fold;   /* rows that are swept as one */
     int64_t padded; /* elements of an array as wide as a folded row: a vector may start at any of them */
     int blocks, threads;
-    bool is_large;  /* larger than the caches */
+    bool stream;    /* outputs go past the caches */
     void *memory;
     double *partial[2]; /* (blocks, channels): a block's mean and m2, or its sums of dz and dz_x */
     double *sums;       /* (threads, 2, padded) */
@@ -63,10 +63,10 @@ static bool allocate_rows(rows *p)
     return true;
 }
 
-static bool rows_of(int64_t outer, int64_t channels, int64_t inner, int threads, bool is_large, rows *p)
+static bool rows_of(int64_t outer, int64_t channels, int64_t inner, int threads, bool stream, rows *p)
 {
-    *p = (rows){.rows = outer, .channels = channels, .inner = inner, .row = channels * inner, .threads = threads};
-    p->is_large = is_large;
+    *p = (rows){.rows = outer, .channels = channels, .inner = inner, .row = channels * inner, .threads = threads,
+                .stream = stream};
     p->fold = between(1, (ROWS_WIDTH + p->row - 1) / p->row, outer);
     p->padded = round_up(p->fold * p->row + LANES, ROWS_ALIGNMENT);
     p->blocks = (int)between(1, smaller(outer * inner / ROWS_BLOCK_VALUES, outer * p->row / ROWS_BLOCK_ELEMENTS),
@@ -98,8 +98,8 @@ static void patches_of(const rows *p, const row_share *s, int64_t begin, int64_t
 {
     const int64_t column = s->c0 * p->inner, stride = p->fold * p->row, whole = (end - begin) / p->fold;
     const int64_t width = p->fold > 1 ? stride : (s->c1 - s->c0) * p->inner, start = begin * p->row + column;
-    patches[0] = (patch){start, whole, width, stride, column, p->is_large};
-    patches[1] = (patch){start + whole * stride, 1, (end - begin) % p->fold * p->row, stride, column, p->is_large};
+    patches[0] = (patch){start, whole, width, stride, column, p->stream};
+    patches[1] = (patch){start + whole * stride, 1, (end - begin) % p->fold * p->row, stride, column, p->stream};
 }
 
 INLINE bool is_plain(const rows *p) { return p->fold == 1 && p->inner == 1; }

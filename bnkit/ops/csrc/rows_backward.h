@@ -13,7 +13,7 @@ static void sums_of_row_block(const bnkit_backward *g, const rows *p, const row_
     clear_sums(p, s);
     for (int i = 0; i < 2; i++)
         sum_gradient_rows(g->dy, g->x, g->residual, can_keep_dz(g) ? g->dresidual : NULL, patches[i], p->maps, s->sum,
-                          s->dot, g->activation, g->stream);
+                          s->dot, g->activation);
     collapse(p, s, s->sum);
     collapse(p, s, s->dot);
     memcpy(dz + s->c0, s->sum + s->c0, bytes);
@@ -49,11 +49,10 @@ static void gradient_of_row_block(const bnkit_backward *g, const rows *p, const 
     patches_of(p, s, row_block_start(p, b), row_block_start(p, b + 1), patches);
     for (int i = 0; i < 2; i++)
         if (can_keep_dz(g))
-            gradient_rows(g->dresidual, g->x, NULL, g->dx, NULL, patches[i], p->maps, g->training, BNKIT_NONE,
-                          g->stream);
+            gradient_rows(g->dresidual, g->x, NULL, g->dx, NULL, patches[i], p->maps, g->training, BNKIT_NONE);
         else
             gradient_rows(g->dy, g->x, g->residual, g->dx, g->dresidual, patches[i], p->maps, g->training,
-                          g->activation, g->stream);
+                          g->activation);
 }
 
 static void backward_rows_share(const bnkit_backward *g, const rows *p, int rank, int size)
