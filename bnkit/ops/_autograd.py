@@ -6,10 +6,12 @@ The first ones are the backend's own; the second, and those of a batched or dual
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from . import reference
 from ._backend import Backend, Gradients
@@ -17,17 +19,17 @@ from ._transforms import is_stored, transforms_active
 
 
 class _BatchNorm(torch.autograd.Function):
-    """Keeps x, mean, invstd and, under an activation, the residual: tensors that mostly exist anyway."""
+    """Keeps x, mean, invstd and, under an activation, the residual or a mask: mostly what exists anyway."""
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, call: tuple[Any, ...]
     ) -> Tensor:
         backend, running_mean, running_var, training, momentum, eps, activation = ctx.call = call
-        y, mean, invstd = backend.forward(
-            x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual
+        y, mean, invstd, kept = backend.forward(
+            x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual, True
         )
-        ctx.save_for_backward(x, mean, invstd, weight, bias, None if activation is None else residual)
+        ctx.save_for_backward(x, mean, invstd, weight, bias, kept)
         return y
 
     @staticmethod
@@ -35,9 +37,9 @@ class _BatchNorm(torch.autograd.Function):
         needs = ctx.needs_input_grad[:4]
         if torch.is_grad_enabled() or transforms_active() or not is_stored(dy):
             return *_differentiable_gradients(ctx, dy, needs), None
-        x, mean, invstd, weight, bias, residual = ctx.saved_tensors
+        x, mean, invstd, weight, bias, kept = ctx.saved_tensors
         backend, _, _, training, _, _, activation = ctx.call
-        return *backend.backward(dy, x, mean, invstd, weight, bias, training, activation, residual, needs), None
+        return *backend.backward(dy, x, mean, invstd, weight, bias, training, activation, kept, needs), None
 
 
 # Function.apply looks for torch.func transforms, in each argument; who calls this has looked.
@@ -67,6 +69,8 @@ def _differentiable_gradients(ctx: Any, dy: Tensor, needs: tuple[bool, bool, boo
     """The gradients as functions of dy and of the inputs that autograd and transforms can follow: the reference's."""
     x, mean, invstd, weight, bias, residual = ctx.saved_tensors
     _, _, _, training, _, eps, activation = ctx.call
+    if residual is not None and residual.dtype is torch.uint8:  # a mask: relu's second derivative is 0
+        dy, activation, residual = dy.masked_fill(_passed(ctx) == 0, 0), None, None
     saved = {"x": x, "residual": residual, "weight": weight, "bias": bias}
 
     def forward(inputs: dict[str, Tensor]) -> Tensor:
@@ -80,6 +84,19 @@ def _differentiable_gradients(ctx: Any, dy: Tensor, needs: tuple[bool, bool, boo
     found = _gradients(forward, inputs, dy) if inputs else {}
     dresidual = dy if needs[1] and residual is None else found.get("residual")
     return found.get("x"), dresidual, found.get("weight"), found.get("bias")
+
+
+def _passed(ctx: Any) -> Tensor:
+    """1 where relu passed z, else 0: the residual's gradient for a dy of 1, which the backend reads off the mask."""
+    x, mean, invstd, weight, bias, mask = ctx.saved_tensors
+    backend, _, _, training, _, _, activation = ctx.call
+    without_transforms = temporarily_clear_interpreter_stack if transforms_active() else nullcontext
+    with torch.no_grad(), without_transforms():
+        found = backend.backward(
+            torch.ones_like(x), x, mean, invstd, weight, bias, training, activation, mask, (False, True, False, False)
+        )[1]
+    assert found is not None
+    return found
 
 
 def _gradients(

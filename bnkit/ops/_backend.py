@@ -49,11 +49,16 @@ class Backend(Protocol):
         eps: float,
         activation: str | None,
         residual: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (y, mean, invstd).
+        for_backward: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Return (y, mean, invstd, kept).
 
         y is a new dense tensor of x's shape, type and suggested memory format. mean and invstd = 1/√(var + eps) are
         new tensors of shape (C,), of the statistics' type or a wider one, never views of the running statistics.
+
+        kept is what `backward` wants of the residual, None where there is none or no activation. It is the residual
+        itself, or for relu, and only with `for_backward`, a mask: a new tensor of the type uint8 that tells in a form
+        of the backend's own where z ≤ 0 does not hold.
 
         With `training`, n > 1, mean and var (m2/n) are the batch's, and running_mean and running_var, unless both are
         None, are updated in place: new = (1 - momentum) · old + momentum · batch, with the variance m2/(n - 1).
@@ -71,19 +76,18 @@ class Backend(Protocol):
         bias: Tensor | None,
         training: bool,
         activation: str | None,
-        residual: Tensor | None,
+        kept: Tensor | None,
         needs: tuple[bool, bool, bool, bool],
     ) -> Gradients:
         """Return (dx, dresidual, dweight, dbias), each that `needs` asks for, in this order; else None.
 
-            g       = dy · activation'(z), z recomputed from what the forward pass read
+            g       = dy · activation'(z), z recomputed from what the forward pass read, if there is no mask
             dbias   = Σ g                        dweight = Σ g · x̂
             dx      = weight · invstd · (g - dbias/n - x̂ · dweight/n)      (without `training`: weight · invstd · g)
             dresidual = g
 
-        dy has the shape and type of y and any strides, 0 included. residual is the one given to `forward`, or None
-        where it is not needed to recompute z, since there is no activation. dx and dresidual have x's type and
-        suggested memory format, dweight and dbias the type of weight and bias. Without an activation dresidual may be
-        dy itself.
+        dy has the shape and type of y and any strides, 0 included. kept is what `forward` returned. dx and dresidual
+        have x's type and suggested memory format, dweight and dbias the type of weight and bias. Without an activation
+        dresidual may be dy itself.
         """
         ...

@@ -78,7 +78,7 @@ class _InplaceBatchNorm(torch.autograd.Function):
         backend, running_mean, running_var, training, momentum, eps, activation = call
         later = activation in COMPOSED
         arguments = (x, running_mean, running_var, weight, bias, training, momentum, eps, None if later else activation)
-        y, _, invstd = backend.forward(*arguments, None)
+        y, _, invstd, _ = backend.forward(*arguments, None, True)
         if later:
             y = F.elu(y, inplace=True)
         ctx.save_for_backward(y, invstd, weight, bias)
@@ -124,9 +124,10 @@ class _Formulas:
         eps: float,
         activation: str | None,
         residual: None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        for_backward: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, None]:
         mean, invstd, mean_error = reference.statistics(x, running_mean, running_var, training, momentum, eps)
-        return reference.normalize(x, mean, invstd, weight, bias, activation, None, mean_error), mean, invstd
+        return reference.normalize(x, mean, invstd, weight, bias, activation, None, mean_error), mean, invstd, None
 
     @staticmethod
     def backward(
@@ -138,7 +139,7 @@ class _Formulas:
         bias: Tensor | None,
         training: bool,
         activation: None,
-        residual: None,
+        kept: None,
         needs: tuple[bool, bool, bool, bool],
     ) -> Gradients:
         dims, channels = (0, *range(2, x.dim())), (1, -1) + (1,) * (x.dim() - 2)

@@ -15,6 +15,7 @@ it; `BNKIT_CPU_LIBRARY` names another build of the library. Both are read once.
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import struct
 import sys
@@ -42,8 +43,10 @@ _ACTIVATIONS = {
 }
 # bnkit_forward and bnkit_backward of csrc/batch_norm.h. As arguments of their own ctypes would convert values one by
 # one, which takes half as long as the arithmetic of a small batch.
-_pack_forward = struct.Struct("3q3i??9P2d").pack
-_pack_backward = struct.Struct("3q3i??11P").pack
+_pack_forward = struct.Struct("3q3i??10P2d").pack
+_pack_backward = struct.Struct("3q3i??12P").pack
+_SHORTEST_PLANE = 16  # in_rows of csrc/batch_norm.h
+_MASK_PADDING = 2  # bytes that may be read after a mask's last: bits_at of csrc/mask.h
 
 
 def available() -> bool:
@@ -89,10 +92,13 @@ def forward(
     eps: float,
     activation: str | None,
     residual: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y, and the mean and invstd (float64) it was normalized with: see `dispatch.Backend`."""
+    for_backward: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """y, the mean and invstd (float64) it was normalized with, and what is kept: see `dispatch.Backend`."""
     x, outer, channels, inner = _laid_out(x)
     y = torch.empty_like(x)
+    mask = _mask_for(x) if residual is not None and activation == "relu" and for_backward else None
+    kept = None if activation is None else residual if mask is None else mask
     mean = torch.empty(channels, dtype=torch.float64, device=x.device)
     invstd = torch.empty_like(mean)
     dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
@@ -120,6 +126,7 @@ def forward(
             mean.data_ptr(),
             invstd.data_ptr(),
             y.data_ptr(),
+            _pointer(mask),
             momentum,
             eps,
         )
@@ -129,7 +136,7 @@ def forward(
     if training:
         _copy_back(old_mean, running_mean)
         _copy_back(old_var, running_var)
-    return y, mean, invstd
+    return y, mean, invstd, kept
 
 
 def backward(
@@ -141,18 +148,20 @@ def backward(
     bias: Tensor | None,
     training: bool,
     activation: str | None,
-    residual: Tensor | None,
+    kept: Tensor | None,
     needs: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """dx, dresidual, dweight, dbias, as far as needed: see `dispatch.Backend`."""
-    x, outer, channels, inner = _laid_out(x)
+    is_mask = kept is not None and kept.dtype is torch.uint8
+    x, outer, channels, inner = _laid_out(x if kept is None or not is_mask else _in_order_of(kept, x))
     dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
     dx = torch.empty_like(x) if needs[0] else None
     dresidual = torch.empty_like(x) if needs[1] and activation is not None else None
     real_weight, real_bias = _as_type(weight, dtype), _as_type(bias, dtype)
     dweight = torch.empty_like(real_weight) if needs[2] and real_weight is not None else None
     dbias = torch.empty_like(real_bias) if needs[3] and real_bias is not None else None
-    dy, residual = _like(dy, x), None if residual is None else _like(residual, x)
+    dy = _like(dy, x)
+    residual = None if kept is None or is_mask else _like(kept, x)
     library = _library()
     assert library is not None
     done = library.bnkit_batch_norm_backward(
@@ -168,6 +177,7 @@ def backward(
             dy.data_ptr(),
             x.data_ptr(),
             _pointer(residual),
+            _pointer(kept if is_mask else None),
             _pointer(real_weight),
             _pointer(real_bias),
             mean.data_ptr(),
@@ -183,6 +193,30 @@ def backward(
     if needs[1] and activation is None:
         dresidual = dy
     return dx, dresidual, _as_type_of(dweight, weight), _as_type_of(dbias, bias)
+
+
+def _mask_for(x: Tensor) -> Tensor | None:
+    """Memory for ReLU's mask (csrc/mask.h), two-dimensional where x is in rows; None where they would share bytes."""
+    samples, channels, *spatial = x.shape
+    outer, inner, in_planes = samples, math.prod(spatial), x.is_contiguous()
+    if channels == 1:
+        outer, inner = 1, outer * inner
+    if in_planes and inner >= _SHORTEST_PLANE:
+        size = outer * channels * ((inner + 7) // 8)
+    elif (channels * inner if in_planes else channels) % 8 == 0:
+        size = outer * channels * inner // 8
+    else:
+        return None
+    size += _MASK_PADDING
+    return torch.empty(size if in_planes else (size, 1), dtype=torch.uint8, device=x.device)
+
+
+def _in_order_of(mask: Tensor, x: Tensor) -> Tensor:
+    """x in the order of memory that it had when the mask was made: hooks on saved tensors may have changed it."""
+    in_planes = mask.dim() == 1
+    if _laid_out(x)[0].is_contiguous() == in_planes:
+        return x
+    return x.contiguous() if in_planes else x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def _laid_out(x: Tensor) -> tuple[Tensor, int, int, int]:

@@ -52,20 +52,24 @@ def forward(
     eps: float,
     activation: str | None,
     residual: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y, and the mean and invstd it was normalized with: see `dispatch.Backend`."""
+    for_backward: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """y, the mean and invstd it was normalized with, and what is kept, never a mask: see `dispatch.Backend`."""
     from ._triton_forward import batch_norm_forward, batch_norm_inference
 
     x, shape = _laid_out(x)
+    kept = None if activation is None else residual
     residual = None if residual is None else _like(residual, x)
     with torch.cuda.device_of(x):
         if training:
-            return batch_norm_forward(
+            results = batch_norm_forward(
                 x, residual, weight, bias, running_mean, running_var, momentum, eps, activation, shape
             )
-        assert running_mean is not None
-        assert running_var is not None
-        return batch_norm_inference(x, residual, weight, bias, running_mean, running_var, eps, activation, shape)
+        else:
+            assert running_mean is not None
+            assert running_var is not None
+            results = batch_norm_inference(x, residual, weight, bias, running_mean, running_var, eps, activation, shape)
+    return *results, kept
 
 
 def backward(
@@ -77,7 +81,7 @@ def backward(
     bias: Tensor | None,
     training: bool,
     activation: str | None,
-    residual: Tensor | None,
+    kept: Tensor | None,
     needs: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """dx, dresidual, dweight, dbias, as far as needed: see `dispatch.Backend`."""
@@ -85,7 +89,7 @@ def backward(
 
     x, shape = _laid_out(x)
     dy = _like(dy, x)
-    residual = None if residual is None else _like(residual, x)
+    residual = None if kept is None else _like(kept, x)
     with torch.cuda.device_of(x):
         return batch_norm_backward(dy, x, residual, weight, bias, mean, invstd, training, activation, needs, shape)
 

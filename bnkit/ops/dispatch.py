@@ -149,7 +149,9 @@ def serve(
         return differentiable(
             backend, x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual
         )
-    return backend.forward(x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual)[0]
+    return backend.forward(
+        x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual, False
+    )[0]
 
 
 def count_version(training: bool, running_mean: Tensor | None, running_var: Tensor | None) -> None:

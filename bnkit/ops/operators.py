@@ -2,7 +2,8 @@
 
 `batch_norm` is what a compiled graph calls. It is resolved while the graph is made, into plain PyTorch where no
 backend takes the call, and else into `batch_norm_forward` and `batch_norm_backward`, a backend's two passes. These two
-have the arguments of `Backend`; they return no input, and of the gradients only those that are needed.
+have the arguments of `Backend`; they return no input, and of the gradients only those that are needed. They keep the
+residual, never a mask, whose bits are in the order of x: a compiler may lay x out differently in the two passes.
 """
 
 from __future__ import annotations
@@ -79,9 +80,11 @@ def _batch_norm_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     backend = _backend_for(x, (running_mean, running_var, weight, bias), residual)
     x = _laid_out(x)
-    results = backend.forward(x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual)
+    y, mean, invstd, _ = backend.forward(
+        x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual, False
+    )
     dispatch.count_version(training, running_mean, running_var)
-    return results
+    return y, mean, invstd
 
 
 def _batch_norm_backward(
@@ -193,10 +196,12 @@ class _Operators:
         eps: float,
         activation: str | None,
         residual: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.ops.bnkit.batch_norm_forward(
+        for_backward: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        results = torch.ops.bnkit.batch_norm_forward(
             x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual
         )
+        return *results, None if activation is None else residual
 
     @staticmethod
     def backward(
@@ -208,15 +213,13 @@ class _Operators:
         bias: Tensor | None,
         training: bool,
         activation: str | None,
-        residual: Tensor | None,
+        kept: Tensor | None,
         needs: tuple[bool, bool, bool, bool],
     ) -> Gradients:
         passed_on = needs[1] and activation is None
         asked = [needs[0], needs[1] and not passed_on, needs[2], needs[3]]
         found = iter(
-            torch.ops.bnkit.batch_norm_backward(
-                dy, x, mean, invstd, weight, bias, training, activation, residual, asked
-            )
+            torch.ops.bnkit.batch_norm_backward(dy, x, mean, invstd, weight, bias, training, activation, kept, asked)
         )
         dx, dresidual, dweight, dbias = (next(found) if needed else None for needed in asked)
         return dx, dy if passed_on else dresidual, dweight, dbias

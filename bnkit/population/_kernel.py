@@ -26,7 +26,7 @@ def moments_of(x: Tensor) -> Moments:
             return found
         return Moments(found.count, found.mean.double() + found.mean_error, found.m2.double())
     # The kernel's y is not wanted, but its statistics are exact to float64, in a fraction of the time of any operator.
-    _, mean, invstd = cpu.forward(x, None, None, None, None, True, 0.0, _TINY, None, None)
+    _, mean, invstd, _ = cpu.forward(x, None, None, None, None, True, 0.0, _TINY, None, None, False)
     return _moments(x, mean, invstd, _TINY)
 
 
@@ -48,7 +48,8 @@ def normalized(layer: _BatchNorm, input: Tensor, residual: Tensor | None = None)
     if not (fits and alike and known and cpu.supports(input, parameters, residual)):
         return None
     layer._check_input_dim(input)
-    y, mean, invstd = cpu.forward(input, None, None, *parameters, True, 0.0, layer.eps, activation, residual)
+    arguments = (input, None, None, *parameters, True, 0.0, layer.eps, activation, residual)
+    y, mean, invstd, _ = cpu.forward(*arguments, for_backward=False)
     return y, _moments(input, mean, invstd, layer.eps)
 
 

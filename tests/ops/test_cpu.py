@@ -156,9 +156,8 @@ def test_gradients_that_are_needed(needs):
     for training, activation in itertools.product((True, False), ("relu", "gelu", None)):
         for layout in ("contiguous", "channels_last"):
             case = make_case((6, 5, 4, 9), layout=layout, residual=True, training=training, activation=activation)
-            _, mean, invstd = cpu.forward(*vars_of(case))
-            residual = None if activation is None else case.residual
-            arguments = (case.dy, case.x, mean, invstd, case.weight, case.bias, training, activation, residual)
+            _, mean, invstd, kept = cpu.forward(*vars_of(case))
+            arguments = (case.dy, case.x, mean, invstd, case.weight, case.bias, training, activation, kept)
             every = cpu.backward(*arguments, (True,) * 4)
             some = cpu.backward(*arguments, needs)
             for gradient, expected, needed in zip(some, every, needs, strict=True):
@@ -171,13 +170,13 @@ def vars_of(case: oracle.Case) -> tuple:
     """The arguments of a backend's `forward`."""
     statistics = (case.running_mean.clone(), case.running_var.clone())
     options = (case.training, case.momentum, case.eps, case.activation, case.residual)
-    return (case.x, *statistics, case.weight, case.bias, *options)
+    return (case.x, *statistics, case.weight, case.bias, *options, True)
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_statistics_are_returned_in_double_precision(training):
     case = make_case((60, 7), training=training, mean=1e4)
-    _, mean, invstd = cpu.forward(*vars_of(case))
+    _, mean, invstd, _ = cpu.forward(*vars_of(case))
     true_mean, var = case.x.double().mean(0), case.x.double().var(0, correction=0)
     if not training:
         true_mean, var = case.running_mean.double(), case.running_var.double()
@@ -201,7 +200,7 @@ def test_another_default_device():
     case = make_case((6, 5, 4), activation="relu")
 
     def results() -> list[torch.Tensor]:
-        y, mean, invstd = cpu.forward(*vars_of(case))
+        y, mean, invstd, _ = cpu.forward(*vars_of(case))
         arguments = (case.dy, case.x, mean, invstd, case.weight, case.bias, True, "relu", None)
         gradients = cpu.backward(*arguments, (True, False, True, True))
         return [tensor for tensor in (y, mean, invstd, *gradients) if tensor is not None]

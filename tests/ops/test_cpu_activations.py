@@ -19,7 +19,7 @@ pytestmark = needs_kernels
 
 def identity(x: Tensor, activation: str | None = None, weight: float = 1.0) -> Tensor:
     mean, var, weights = torch.zeros(1), torch.ones(1), torch.full((1,), weight)
-    return cpu.forward(x, mean, var, weights, None, False, 0.1, 0.0, activation, None)[0]
+    return cpu.forward(x, mean, var, weights, None, False, 0.1, 0.0, activation, None, False)[0]
 
 
 def slope(x: Tensor, activation: str) -> Tensor:

@@ -184,10 +184,10 @@ def direct(case: oracle.Case, **moved: Tensor) -> dict[str, Tensor | None]:
     """What the backend returns. Autograd would lay a leaf's gradient out like the leaf."""
     case = dataclasses.replace(case, **moved)
     statistics = (case.running_mean, case.running_var, case.weight, case.bias)
-    y, mean, invstd = cpu.forward(
-        case.x, *statistics, case.training, case.momentum, case.eps, case.activation, case.residual
+    y, mean, invstd, kept = cpu.forward(
+        case.x, *statistics, case.training, case.momentum, case.eps, case.activation, case.residual, True
     )
-    saved = (case.x, mean, invstd, case.weight, case.bias, case.training, case.activation, case.residual)
+    saved = (case.x, mean, invstd, case.weight, case.bias, case.training, case.activation, kept)
     dx, dresidual, _, _ = cpu.backward(case.dy, *saved, (True,) * 4)
     return {"y": y, "dx": dx, "dresidual": dresidual}
 
@@ -241,7 +241,7 @@ def test_parameters_that_are_views():
     shared = torch.tensor(1.5).expand(5)
     moved = dataclasses.replace(case, running_var=wide[1::2], weight=shared, bias=offset(case.bias))
     check(moved)
-    cpu.forward(case.x, case.running_mean, moved.running_var, shared, None, True, 0.1, 1e-5, None, None)
+    cpu.forward(case.x, case.running_mean, moved.running_var, shared, None, True, 0.1, 1e-5, None, None, False)
     expected = oracle.exact(dataclasses.replace(case, weight=shared, bias=None))["running_var"]
     torch.testing.assert_close(wide[1::2].double(), expected, rtol=1e-6, atol=0)
     assert wide[::2].isnan().all(), "a neighbour of a running statistic was written to"

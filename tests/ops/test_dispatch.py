@@ -25,7 +25,9 @@ class Formulas:
     def supports(self, x, parameters, residual):
         return residual is None or residual.dtype == x.dtype
 
-    def forward(self, x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual):
+    def forward(
+        self, x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual, for_backward
+    ):
         self.calls.append("forward")
         assert not torch.is_grad_enabled() or not x.requires_grad
         assert isinstance(momentum, float)
@@ -36,13 +38,14 @@ class Formulas:
             running_var.data.mul_(1 - momentum).add_(momentum * var * n / (n - 1))
         mean, invstd = mean.clone(), (var + eps).rsqrt()
         z = self._z(x, mean, invstd, weight, bias, residual)[1]
-        return reference.ACTIVATIONS.get(activation, lambda z: z)(z).to(x.dtype), mean, invstd
+        y = reference.ACTIVATIONS.get(activation, lambda z: z)(z).to(x.dtype)
+        return y, mean, invstd, None if activation is None else residual
 
-    def backward(self, dy, x, mean, invstd, weight, bias, training, activation, residual, needs):
+    def backward(self, dy, x, mean, invstd, weight, bias, training, activation, kept, needs):
         self.calls.append("backward")
         assert not torch.is_grad_enabled()
         dims, shape, n = (0, *range(2, x.dim())), (1, -1) + (1,) * (x.dim() - 2), x.numel() // x.shape[1]
-        xhat, z = self._z(x, mean, invstd, weight, bias, residual)
+        xhat, z = self._z(x, mean, invstd, weight, bias, kept)
         g = dy * SLOPES[activation](z)
         dbias, dweight = g.sum(dims), (g * xhat).sum(dims)
         scale = (invstd if weight is None else invstd * weight).view(shape)

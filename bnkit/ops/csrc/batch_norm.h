@@ -39,6 +39,7 @@ typedef struct {
     double *mean;           /* out: (channels), of the batch in training, else the running one */
     double *invstd;         /* out: (channels), 1 / sqrt(variance + eps), in training of the biased variance */
     void *y;                /* out: elem, like x */
+    void *mask;             /* out: which values ReLU passed (mask.h), of the size in cpu.py, or NULL */
     double momentum, eps;
 } bnkit_forward;
 
@@ -49,7 +50,8 @@ typedef struct {
     bool training;          /* mean and invstd depend on x */
     bool stream;
     const void *dy, *x;     /* elem (outer, channels, inner) */
-    const void *residual;   /* elem, like x; NULL if there was none, or no activation */
+    const void *residual;   /* elem, like x; NULL if there was none, or no activation, or a mask */
+    const void *mask;       /* forward's, or NULL if it made none */
     const void *weight, *bias; /* real (channels), or NULL */
     const double *mean, *invstd; /* (channels) */
     void *dx, *dresidual;   /* out: elem, like x, or NULL when not wanted */
@@ -62,6 +64,9 @@ typedef struct {
     const void *in;         /* elem (outer, rows, columns) */
     void *out;              /* out: elem (outer, columns, rows) */
 } bnkit_transposition;
+
+/* Whether an image is swept as one row, since its planes are so short that they would leave vectors too empty. */
+static inline bool in_rows(int64_t inner) { return inner < 16; }
 
 /* One instruction set's code for one element type. The passes return false when memory for partial sums is refused. */
 typedef struct {

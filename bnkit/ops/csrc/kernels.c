@@ -5,11 +5,8 @@
 #include "rows_forward.h"
 #include "transpose.h"
 
-/* Planes shorter than this leave vectors too empty. */
-enum { MIN_PLANE = 16 };
-
-static bool forward(const bnkit_forward *f) { return f->inner < MIN_PLANE ? forward_rows(f) : forward_planes(f); }
-static bool backward(const bnkit_backward *g) { return g->inner < MIN_PLANE ? backward_rows(g) : backward_planes(g); }
+static bool forward(const bnkit_forward *f) { return in_rows(f->inner) ? forward_rows(f) : forward_planes(f); }
+static bool backward(const bnkit_backward *g) { return in_rows(g->inner) ? backward_rows(g) : backward_planes(g); }
 
 #define JOIN(set, type) bnkit_kernels_##set##_##type
 #define NAME(set, type) JOIN(set, type)

@@ -24,9 +24,10 @@ enum {
 
 typedef struct {
     int64_t channels, inner;
-    int64_t unit;   /* elements of a unit, the last of a plane excepted */
+    int64_t unit;   /* elements of a unit, the last of a plane excepted: whole bytes of a mask */
     int64_t pieces; /* units a plane */
     int64_t units;  /* units a slab */
+    int64_t bits;   /* bytes of a plane's mask */
     int blocks, group, threads;
     bool team;      /* threads share each channel, instead of having channels of their own */
 } planes;
@@ -45,9 +46,10 @@ typedef struct {
 /* `sweeps` that a slab is read in: with one alone, no cache has to keep it. */
 static planes planes_of(int64_t outer, int64_t channels, int64_t inner, int threads, int sweeps)
 {
-    planes p = {.channels = channels, .inner = inner, .threads = threads};
+    planes p = {.channels = channels, .inner = inner, .bits = (inner + 7) / 8, .threads = threads};
     p.pieces = (inner + UNIT_ELEMENTS - 1) / UNIT_ELEMENTS;
-    p.unit = (inner + p.pieces - 1) / p.pieces;
+    p.unit = round_up((inner + p.pieces - 1) / p.pieces, 8);
+    p.pieces = (inner + p.unit - 1) / p.unit;
     p.units = outer * p.pieces;
     p.blocks = (int)between(1, smaller(outer * inner / BLOCK_ELEMENTS, p.units), MAX_BLOCKS);
     const int64_t bytes = inner * (int64_t)sizeof(elem);
@@ -74,10 +76,15 @@ INLINE int64_t unit_length(const planes *p, int64_t u)
     return p->pieces == 1 ? p->inner : smaller(p->unit, p->inner - (u % p->pieces) * p->unit);
 }
 
-/* Where the channel goes on after unit u. */
-INLINE int64_t next_start(const planes *p, int64_t u, int64_t c)
+/* The unit in which the channel goes on after unit u. */
+INLINE int64_t unit_after(const planes *p, int64_t u) { return u + 1 < p->units ? u + 1 : u; }
+
+/* Which byte a unit's mask begins with. */
+INLINE int64_t mask_start(const planes *p, int64_t u, int64_t c)
 {
-    return unit_start(p, u + 1 < p->units ? u + 1 : u, c);
+    if (p->pieces == 1)
+        return (u * p->channels + c) * p->bits;
+    return ((u / p->pieces) * p->channels + c) * p->bits + (u % p->pieces) * p->unit / 8;
 }
 
 INLINE int64_t block_start(const planes *p, int64_t b) { return p->units * b / p->blocks; }
@@ -88,13 +95,13 @@ INLINE double elements_between(const planes *p, int64_t begin, int64_t end)
     return (double)((end / p->pieces - begin / p->pieces) * p->inner + (end % p->pieces - begin % p->pieces) * p->unit);
 }
 
-/* Calls STEP(i, at, next, length) for every channel c + i of the share in every unit of [begin, end): where it starts,
- * where the channel goes on after it, and how long it is. */
+/* Calls STEP(u, i, at, next, length) for every channel c + i of the share in every unit u of [begin, end): where it
+ * starts, where the channel goes on after it, and how long it is. */
 #define FOR_EACH_UNIT(p, s, begin, end, STEP)                                                                          \
     for (int64_t u = begin; u < end; u++)                                                                              \
         for (int64_t i = 0; i < (s).width; i++) {                                                                      \
             const int64_t start = unit_start(p, u, (s).c + i);                                                         \
-            STEP(i, start, next_start(p, u, (s).c + i), unit_length(p, u));                                            \
+            STEP(u, i, start, unit_start(p, unit_after(p, u), (s).c + i), unit_length(p, u));                          \
         }
 
 /* Runs WORK(share, partials) over all channels. */

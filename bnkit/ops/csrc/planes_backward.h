@@ -11,10 +11,12 @@ INLINE void sum_block_as(const bnkit_backward *g, const planes *p, share s, int 
                          accumulator *sums, accumulator *dots, int activation, bool add)
 {
     const elem *dy = g->dy, *x = g->x, *residual = add ? g->residual : g->x;
+    const unsigned char *mask = g->mask;
     elem *dz = keeps_dz(g) ? g->dresidual : NULL;
-#define SUM(i, at, next, length)                                                                                       \
-    sum_gradient_run(dy + at, x + at, residual + at, dz ? dz + at : NULL, next - at, length, forward_maps_of(maps, i), \
-                     &sums[i], &dots[i], activation, add)
+#define MASK(u, i) (activation == RELU_WITH_MASK ? mask + mask_start(p, u, s.c + (i)) : NULL)
+#define SUM(u, i, at, next, length)                                                                                    \
+    sum_gradient_run(dy + at, x + at, residual + at, MASK(u, i), MASK(unit_after(p, u), i), dz ? dz + at : NULL,       \
+                     next - at, length, forward_maps_of(maps, i), &sums[i], &dots[i], activation, add)
     FOR_EACH_UNIT(p, s, block_start(p, b), block_start(p, b + 1), SUM)
 #undef SUM
 }
@@ -27,7 +29,10 @@ static void sums_of_block(const bnkit_backward *g, const planes *p, share s, int
     memset(sums, 0, sizeof sums[0] * s.width);
     memset(dots, 0, sizeof dots[0] * s.width);
 #define SUM(activation, add) sum_block_as(g, p, s, b, maps, sums, dots, activation, add)
-    SPECIALIZE(g->activation, g->residual != NULL, SUM);
+    if (g->mask)
+        SUM(RELU_WITH_MASK, false);
+    else
+        SPECIALIZE(g->activation, g->residual != NULL, SUM);
 #undef SUM
     for (int64_t i = 0; i < s.width; i++) {
         dz[i] = total(&sums[i]);
@@ -52,12 +57,14 @@ INLINE void gradient_of_blocks_as(const bnkit_backward *g, const planes *p, shar
                                   const channel_maps *maps, const elem *dy, elem *dresidual, int activation, bool add)
 {
     const elem *x = g->x, *residual = add ? g->residual : g->x;
+    const unsigned char *mask = g->mask;
     elem *dx = g->dx;
-#define GRADIENT(i, at, next, length)                                                                                  \
-    gradient_run(dy + at, x + at, residual + at, dx ? dx + at : NULL, dresidual ? dresidual + at : NULL, length,       \
-                 backward_maps_of(maps, i), g->training, g->stream, activation, add)
+#define GRADIENT(u, i, at, next, length)                                                                               \
+    gradient_run(dy + at, x + at, residual + at, MASK(u, i), dx ? dx + at : NULL, dresidual ? dresidual + at : NULL,   \
+                 length, backward_maps_of(maps, i), g->training, g->stream, activation, add)
     FOR_EACH_UNIT(p, s, block_start(p, first), block_start(p, last), GRADIENT)
 #undef GRADIENT
+#undef MASK
 }
 
 static void gradient_of_blocks(const bnkit_backward *g, const planes *p, share s, int first, int last,
@@ -67,6 +74,8 @@ static void gradient_of_blocks(const bnkit_backward *g, const planes *p, share s
     gradient_of_blocks_as(g, p, s, first, last, maps, g->dy, g->dresidual, activation, add)
     if (keeps_dz(g))
         gradient_of_blocks_as(g, p, s, first, last, maps, g->dresidual, NULL, BNKIT_NONE, false);
+    else if (g->mask)
+        GRADIENT(RELU_WITH_MASK, false);
     else
         SPECIALIZE(g->activation, g->residual != NULL, GRADIENT);
 #undef GRADIENT

@@ -11,7 +11,7 @@ static void sum_units(const planes *p, const elem *x, share s, int64_t begin, in
     accumulator sums[MAX_GROUP], dots[MAX_GROUP];
     memset(sums, 0, sizeof sums[0] * s.width);
     memset(dots, 0, sizeof dots[0] * s.width);
-#define SUM(i, at, next, length) sum_run(x + at, next - at, length, (real)mean[i], &sums[i], &dots[i])
+#define SUM(u, i, at, next, length) sum_run(x + at, next - at, length, (real)mean[i], &sums[i], &dots[i])
     FOR_EACH_UNIT(p, s, begin, end, SUM)
 #undef SUM
     for (int64_t i = 0; i < s.width; i++) {
@@ -65,19 +65,25 @@ INLINE void normalize_blocks_as(const bnkit_forward *f, const planes *p, share s
                                 const channel_maps *maps, int activation, bool add)
 {
     const elem *x = f->x, *residual = add ? f->residual : f->x;
+    unsigned char *mask = f->mask;
     elem *y = f->y;
-#define NORMALIZE(i, at, next, length)                                                                                 \
-    normalize_run(x + at, residual + at, y + at, next - at, length, forward_maps_of(maps, i), f->stream, activation,   \
-                  add)
+#define MASK(u, i) (activation == RELU_WITH_MASK ? mask + mask_start(p, u, s.c + (i)) : NULL)
+#define NORMALIZE(u, i, at, next, length)                                                                              \
+    normalize_run(x + at, residual + at, y + at, MASK(u, i), next - at, length, forward_maps_of(maps, i), f->stream,   \
+                  activation, add)
     FOR_EACH_UNIT(p, s, block_start(p, first), block_start(p, last), NORMALIZE)
 #undef NORMALIZE
+#undef MASK
 }
 
 static void normalize_blocks(const bnkit_forward *f, const planes *p, share s, int first, int last,
                              const channel_maps *maps)
 {
 #define NORMALIZE(activation, add) normalize_blocks_as(f, p, s, first, last, maps, activation, add)
-    SPECIALIZE(f->activation, f->residual != NULL, NORMALIZE);
+    if (f->mask)
+        NORMALIZE(RELU_WITH_MASK, true);
+    else
+        SPECIALIZE(f->activation, f->residual != NULL, NORMALIZE);
 #undef NORMALIZE
 }
 

@@ -33,17 +33,17 @@ INLINE bool can_stream(const elem *out, patch p)
     return misaligned(out + p.start) == 0 && p.stride % (int64_t)(sizeof(raw) / sizeof(elem)) == 0;
 }
 
-/* Calls STEP(i, j, lanes) for all vectors, row by row: i is their place in the tensor, j in the arrays. Here and below,
- * the numbers that follow j are constants but at the edges. */
-#define FOR_EACH_VECTOR(p, STEP)                                                                                       \
-    for (int64_t r = 0; r < (p).height; r++) {                                                                         \
-        const int64_t row_start = (p).start + r * (p).stride;                                                          \
+/* Calls STEP(i, j, lanes) for all vectors of row r: i is their place in the tensor, j in the arrays. Here and below, the
+ * numbers that follow j are constants but at the edges. */
+#define FOR_EACH_VECTOR(p, r, STEP)                                                                                    \
+    do {                                                                                                               \
+        const int64_t row_start = (p).start + (r) * (p).stride;                                                        \
         int64_t column = 0;                                                                                            \
         for (; column + LANES <= (p).width; column += LANES)                                                           \
             STEP(row_start + column, (p).column + column, LANES);                                                      \
         if (column < (p).width)                                                                                        \
             STEP(row_start + column, (p).column + column, (p).width - column);                                         \
-    }
+    } while (0)
 
 /* Calls STEP(i, j, rows, lanes, vectors, next) for all tiles: UNROLL rows by TILE vectors, or fewer at the edges. */
 #define FOR_EACH_TILE_OF(p, r, rows, STEP)                                                                             \
@@ -110,26 +110,36 @@ static void sum_rows(const elem *x, patch p, const real *shift, double *sum, dou
 #undef SUM
 }
 
-INLINE void normalize_rows_as(const elem *x, const elem *residual, elem *y, patch p, channel_maps m, bool stream,
-                              int activation, bool add)
+INLINE void normalize_rows_as(const elem *x, const elem *residual, elem *y, unsigned char *mask, patch p,
+                              channel_maps m, bool stream, int activation, bool add)
 {
 #define NORMALIZE(i, j, lanes)                                                                                         \
-    normalize_vector(x + (i), residual + (i), y + (i), forward_maps_at(m, j), activation, add, lanes, stream)
-    FOR_EACH_VECTOR(p, NORMALIZE)
+    normalize_vector(x + (i), residual + (i), y + (i), &passed, forward_maps_at(m, j), activation, add, lanes, stream)
+    for (int64_t r = 0; r < p.height; r++) {
+        bit_writer passed = {.next = activation == RELU_WITH_MASK ? mask + (p.start + r * p.stride) / 8 : NULL};
+        FOR_EACH_VECTOR(p, r, NORMALIZE);
+        if (activation == RELU_WITH_MASK)
+            finish_bits(&passed);
+    }
 #undef NORMALIZE
 }
 
-static void normalize_rows(const elem *x, const elem *residual, elem *y, patch p, channel_maps m, int activation)
+/* A mask's bits are in the order of the tensor, whose rows are whole bytes of it. */
+static void normalize_rows(const elem *x, const elem *residual, elem *y, unsigned char *mask, patch p, channel_maps m,
+                           int activation)
 {
     const bool stream = p.stream && can_stream(y, p);
-#define NORMALIZE(activation, add) normalize_rows_as(x, add ? residual : x, y, p, m, stream, activation, add)
-    SPECIALIZE(activation, residual != NULL, NORMALIZE);
+#define NORMALIZE(activation, add) normalize_rows_as(x, add ? residual : x, y, mask, p, m, stream, activation, add)
+    if (mask)
+        NORMALIZE(RELU_WITH_MASK, true);
+    else
+        SPECIALIZE(activation, residual != NULL, NORMALIZE);
 #undef NORMALIZE
 }
 
-INLINE void sum_gradient_tile(const elem *dy, const elem *x, const elem *residual, elem *dresidual, int64_t stride,
-                              int height, int64_t lanes, int vectors, channel_maps m, int64_t j, double *sum,
-                              double *dot, int activation, bool add, bool stream)
+INLINE void sum_gradient_tile(const elem *dy, const elem *x, const elem *residual, const unsigned char *mask, int64_t i,
+                              elem *dresidual, int64_t stride, int height, int64_t lanes, int vectors, channel_maps m,
+                              int64_t j, double *sum, double *dot, int activation, bool add, bool stream)
 {
     vec sums[TILE] = {{0}}, dots[TILE] = {{0}};
     for (int k = 0; k < height; k++)
@@ -137,7 +147,8 @@ INLINE void sum_gradient_tile(const elem *dy, const elem *x, const elem *residua
             const int64_t at = k * stride + w * LANES;
             const vec_maps maps = forward_maps_at(m, j + w * LANES);
             const vec from_x = load(x + at, lanes);
-            const vec dz = first_lanes(vector_dz(dy + at, from_x, residual + at, maps, activation, add, lanes), lanes);
+            const vec dz = first_lanes(
+                vector_dz(dy + at, from_x, residual + at, mask, i + at, 0, maps, activation, add, lanes), lanes);
             sums[w] += dz;
             dots[w] = multiply_add(dz, from_x - maps.shift, dots[w]);
             if (dresidual)
@@ -149,46 +160,56 @@ INLINE void sum_gradient_tile(const elem *dy, const elem *x, const elem *residua
     }
 }
 
-INLINE void sum_gradient_rows_as(const elem *dy, const elem *x, const elem *residual, elem *dresidual, patch p,
-                                 channel_maps m, double *sum, double *dot, bool stream, int activation, bool add)
+INLINE void sum_gradient_rows_as(const elem *dy, const elem *x, const elem *residual, const unsigned char *mask,
+                                 elem *dresidual, patch p, channel_maps m, double *sum, double *dot, bool stream,
+                                 int activation, bool add)
 {
 #define SUM(i, j, rows, lanes, vectors, next)                                                                          \
     ask_for(x, next, vectors), ask_for(dy, next, vectors), ask_for(residual, add ? next : -1, vectors),                \
-        sum_gradient_tile(dy + (i), x + (i), residual + (i), dresidual ? dresidual + (i) : NULL, p.stride, rows,       \
-                          lanes, vectors, m, j, sum, dot, activation, add, stream)
+        sum_gradient_tile(dy + (i), x + (i), residual + (i), mask, i, dresidual ? dresidual + (i) : NULL, p.stride,    \
+                          rows, lanes, vectors, m, j, sum, dot, activation, add, stream)
     FOR_EACH_TILE(p, SUM);
 #undef SUM
 }
 
 /* Adds, for each place in a row, the sums of dz and of dz (x - shift). Writes dz out if dresidual is given. */
-static void sum_gradient_rows(const elem *dy, const elem *x, const elem *residual, elem *dresidual, patch p,
-                              channel_maps m, double *sum, double *dot, int activation)
+static void sum_gradient_rows(const elem *dy, const elem *x, const elem *residual, const unsigned char *mask,
+                              elem *dresidual, patch p, channel_maps m, double *sum, double *dot, int activation)
 {
     const bool stream = p.stream && dresidual && can_stream(dresidual, p);
 #define SUM(activation, add)                                                                                           \
-    sum_gradient_rows_as(dy, x, add ? residual : x, dresidual, p, m, sum, dot, stream, activation, add)
-    SPECIALIZE(activation, residual != NULL, SUM);
+    sum_gradient_rows_as(dy, x, add ? residual : x, mask, dresidual, p, m, sum, dot, stream, activation, add)
+    if (mask)
+        SUM(RELU_WITH_MASK, false);
+    else
+        SPECIALIZE(activation, residual != NULL, SUM);
 #undef SUM
 }
 
-INLINE void gradient_rows_as(const elem *dy, const elem *x, const elem *residual, elem *dx, elem *dresidual, patch p,
-                             channel_maps m, bool through_x, bool stream, int activation, bool add)
+INLINE void gradient_rows_as(const elem *dy, const elem *x, const elem *residual, const unsigned char *mask, elem *dx,
+                             elem *dresidual, patch p, channel_maps m, bool through_x, bool stream, int activation,
+                             bool add)
 {
 #define GRADIENT(i, j, lanes)                                                                                          \
-    gradient_vector(dy + (i), x + (i), residual + (i), dx ? dx + (i) : NULL, dresidual ? dresidual + (i) : NULL,       \
-                    backward_maps_at(m, j), through_x, activation, add, lanes, stream)
-    FOR_EACH_VECTOR(p, GRADIENT)
+    gradient_vector(dy + (i), x + (i), residual + (i), mask, i, 0, dx ? dx + (i) : NULL,                               \
+                    dresidual ? dresidual + (i) : NULL, backward_maps_at(m, j), through_x, activation, add, lanes,     \
+                    stream)
+    for (int64_t r = 0; r < p.height; r++)
+        FOR_EACH_VECTOR(p, r, GRADIENT);
 #undef GRADIENT
 }
 
 /* dx and dresidual, as far as given. */
-static void gradient_rows(const elem *dy, const elem *x, const elem *residual, elem *dx, elem *dresidual, patch p,
-                          channel_maps m, bool through_x, int activation)
+static void gradient_rows(const elem *dy, const elem *x, const elem *residual, const unsigned char *mask, elem *dx,
+                          elem *dresidual, patch p, channel_maps m, bool through_x, int activation)
 {
     const bool stream = p.stream && (!dx || can_stream(dx, p)) && (!dresidual || can_stream(dresidual, p));
 #define GRADIENT(activation, add)                                                                                      \
-    gradient_rows_as(dy, x, add ? residual : x, dx, dresidual, p, m, through_x, stream, activation, add)
-    SPECIALIZE(activation, residual != NULL, GRADIENT);
+    gradient_rows_as(dy, x, add ? residual : x, mask, dx, dresidual, p, m, through_x, stream, activation, add)
+    if (mask)
+        GRADIENT(RELU_WITH_MASK, false);
+    else
+        SPECIALIZE(activation, residual != NULL, GRADIENT);
 #undef GRADIENT
 }
 

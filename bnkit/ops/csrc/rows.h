@@ -44,8 +44,6 @@ typedef struct {
     real *shift;
 } row_share;
 
-INLINE int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
-
 static bool allocate_rows(rows *p)
 {
     const size_t partial = (size_t)round_up(p->blocks * p->channels, ROWS_ALIGNMENT), wide = (size_t)p->padded;
@@ -77,6 +75,12 @@ static bool rows_of(int64_t outer, int64_t channels, int64_t inner, int threads,
 INLINE int64_t row_block_start(const rows *p, int b) { return p->rows * b / p->blocks; }
 INLINE double row_values(const rows *p, int64_t begin, int64_t end) { return (double)((end - begin) * p->inner); }
 
+/* The k-th share's first channel, at a byte of its own in a mask. */
+INLINE int64_t share_start(const rows *p, int k, int shares)
+{
+    return k < shares ? p->channels / 8 * k / shares * 8 : p->channels;
+}
+
 /* Threads divide the blocks; where there are fewer blocks than threads, the channels too. */
 static row_share share_of_rows(const rows *p, int rank, int size)
 {
@@ -87,8 +91,8 @@ static row_share share_of_rows(const rows *p, int rank, int size)
     if (k < across) {
         s.b0 = p->blocks * i / down;
         s.b1 = p->blocks * (i + 1) / down;
-        s.c0 = p->channels * k / across;
-        s.c1 = p->channels * (k + 1) / across;
+        s.c0 = share_start(p, k, across);
+        s.c1 = share_start(p, k + 1, across);
     }
     return s;
 }

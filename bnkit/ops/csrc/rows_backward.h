@@ -12,8 +12,8 @@ static void sums_of_row_block(const bnkit_backward *g, const rows *p, const row_
     patches_of(p, s, row_block_start(p, b), row_block_start(p, b + 1), patches);
     clear_sums(p, s);
     for (int i = 0; i < 2; i++)
-        sum_gradient_rows(g->dy, g->x, g->residual, can_keep_dz(g) ? g->dresidual : NULL, patches[i], p->maps, s->sum,
-                          s->dot, g->activation);
+        sum_gradient_rows(g->dy, g->x, g->residual, g->mask, can_keep_dz(g) ? g->dresidual : NULL, patches[i], p->maps,
+                          s->sum, s->dot, g->activation);
     collapse(p, s, s->sum);
     collapse(p, s, s->dot);
     memcpy(dz + s->c0, s->sum + s->c0, bytes);
@@ -49,9 +49,9 @@ static void gradient_of_row_block(const bnkit_backward *g, const rows *p, const 
     patches_of(p, s, row_block_start(p, b), row_block_start(p, b + 1), patches);
     for (int i = 0; i < 2; i++)
         if (can_keep_dz(g))
-            gradient_rows(g->dresidual, g->x, NULL, g->dx, NULL, patches[i], p->maps, g->training, BNKIT_NONE);
+            gradient_rows(g->dresidual, g->x, NULL, NULL, g->dx, NULL, patches[i], p->maps, g->training, BNKIT_NONE);
         else
-            gradient_rows(g->dy, g->x, g->residual, g->dx, g->dresidual, patches[i], p->maps, g->training,
+            gradient_rows(g->dy, g->x, g->residual, g->mask, g->dx, g->dresidual, patches[i], p->maps, g->training,
                           g->activation);
 }
 

@@ -82,7 +82,7 @@ static void forward_rows_share(const bnkit_forward *f, const rows *p, int rank, 
         patch patches[2];
         patches_of(p, &s, row_block_start(p, b), row_block_start(p, b + 1), patches);
         for (int i = 0; i < 2; i++)
-            normalize_rows(f->x, f->residual, f->y, patches[i], p->maps, f->activation);
+            normalize_rows(f->x, f->residual, f->y, f->mask, patches[i], p->maps, f->activation);
     }
     finish_streaming();
 }

@@ -67,25 +67,34 @@ INLINE int64_t head_length(const elem *out, int64_t n, bool stream)
 }
 
 /* x is in the cache, or follows in memory's order; of a residual the run comes next that lies `next` elements on. */
-INLINE void normalize_run(const elem *x, const elem *residual, elem *y, int64_t next, int64_t n, vec_maps m,
-                          bool stream, int activation, bool add)
+INLINE void normalize_run(const elem *x, const elem *residual, elem *y, unsigned char *mask, int64_t next, int64_t n,
+                          vec_maps m, bool stream, int activation, bool add)
 {
+    bit_writer passed = {.next = mask};
     if (add && n < AHEAD)
         prefetch(residual + next, n);
-    int64_t i = head_length(y, n, stream);
-    if (i > 0)
-        normalize_vector(x, residual, y, m, activation, add, i, false);
-    for (; i + LANES <= n; i += LANES)
-        normalize_vector(x + i, residual + i, y + i, m, activation, add, LANES, stream);
+#define NORMALIZE(lanes, past_cache)                                                                                   \
+    normalize_vector(x + i, residual + i, y + i, &passed, m, activation, add, lanes, past_cache)
+    int64_t i = 0;
+    const int64_t head = head_length(y, n, stream);
+    if (head > 0)
+        NORMALIZE(head, false);
+    for (i = head; i + LANES <= n; i += LANES)
+        NORMALIZE(LANES, stream);
     if (i < n)
-        normalize_vector(x + i, residual + i, y + i, m, activation, add, n - i, false);
+        NORMALIZE(n - i, false);
+#undef NORMALIZE
+    if (activation == RELU_WITH_MASK)
+        finish_bits(&passed);
 }
 
 /* Adds the sums of dz and of dz (x - shift). Writes dz out if dresidual is given. The run that will be summed next lies
- * `next` elements on. */
-INLINE void sum_gradient_run(const elem *dy, const elem *x, const elem *residual, elem *dresidual, int64_t next,
-                             int64_t n, vec_maps m, accumulator *sum, accumulator *dot, int activation, bool add)
+ * `next` elements on, and its mask at next_mask. */
+INLINE void sum_gradient_run(const elem *dy, const elem *x, const elem *residual, const unsigned char *mask,
+                             const unsigned char *next_mask, elem *dresidual, int64_t next, int64_t n, vec_maps m,
+                             accumulator *sum, accumulator *dot, int activation, bool add)
 {
+#define DZ(i, from_x, lanes) vector_dz(dy + (i), from_x, residual + (i), mask, i, 0, m, activation, add, lanes)
     const bool is_short = n < AHEAD;
     int64_t i = 0;
     if (is_short) {
@@ -94,6 +103,8 @@ INLINE void sum_gradient_run(const elem *dy, const elem *x, const elem *residual
         if (add)
             prefetch(residual + next, n);
     }
+    if (activation == RELU_WITH_MASK)
+        prefetch_bits(next_mask, n);
     for (; i + BATCH <= n; i += BATCH) {
         vec dz[UNROLL], d[UNROLL];
         if (!is_short) {
@@ -106,7 +117,7 @@ INLINE void sum_gradient_run(const elem *dy, const elem *x, const elem *residual
             const int64_t at = i + k * LANES;
             const vec from_x = load(x + at, LANES);
             d[k] = from_x - m.shift;
-            dz[k] = vector_dz(dy + at, from_x, residual + at, m, activation, add, LANES);
+            dz[k] = DZ(at, from_x, LANES);
             if (dresidual)
                 store(dresidual + at, dz[k], LANES, false);
         }
@@ -115,15 +126,14 @@ INLINE void sum_gradient_run(const elem *dy, const elem *x, const elem *residual
     }
     vec rest = {0}, rest_dot = {0};
     for (; i + LANES <= n; i += LANES) {
-        const vec from_x = load(x + i, LANES), dz = vector_dz(dy + i, from_x, residual + i, m, activation, add, LANES);
+        const vec from_x = load(x + i, LANES), dz = DZ(i, from_x, LANES);
         if (dresidual)
             store(dresidual + i, dz, LANES, false);
         rest += dz;
         rest_dot = multiply_add(dz, from_x - m.shift, rest_dot);
     }
     if (i < n) {
-        const vec from_x = load(x + i, n - i);
-        const vec dz = first_lanes(vector_dz(dy + i, from_x, residual + i, m, activation, add, n - i), n - i);
+        const vec from_x = load(x + i, n - i), dz = first_lanes(DZ(i, from_x, n - i), n - i);
         if (dresidual)
             store(dresidual + i, dz, n - i, false);
         rest += dz;
@@ -131,23 +141,28 @@ INLINE void sum_gradient_run(const elem *dy, const elem *x, const elem *residual
     }
     accumulate(sum, rest);
     accumulate(dot, rest_dot);
+#undef DZ
 }
 
 /* dx and dresidual, as far as given. */
-INLINE void gradient_run(const elem *dy, const elem *x, const elem *residual, elem *dx, elem *dresidual, int64_t n,
-                         vec_maps m, bool through_x, bool stream, int activation, bool add)
+INLINE void gradient_run(const elem *dy, const elem *x, const elem *residual, const unsigned char *mask, elem *dx,
+                         elem *dresidual, int64_t n, vec_maps m, bool through_x, bool stream, int activation, bool add)
 {
-#define GRADIENT(lanes, past_cache)                                                                                    \
-    gradient_vector(dy + i, x + i, residual + i, dx ? dx + i : NULL, dresidual ? dresidual + i : NULL, m, through_x,   \
-                    activation, add, lanes, past_cache)
+#define GRADIENT(i, head, lanes, past_cache)                                                                           \
+    gradient_vector(dy + (i), x + (i), residual + (i), mask, i, head, dx ? dx + (i) : NULL,                            \
+                    dresidual ? dresidual + (i) : NULL, m, through_x, activation, add, lanes, past_cache)
     const int64_t head = head_length(dx ? dx : dresidual, n, stream);
-    int64_t i = 0;
+    int64_t i = head;
     if (head > 0)
-        GRADIENT(head, false);
-    for (i = head; i + LANES <= n; i += LANES)
-        GRADIENT(LANES, stream);
+        GRADIENT(0, 0, head, false);
+    if (activation == RELU_WITH_MASK && head == 0) /* the compiler then knows where the vectors' bits are in their bytes */
+        for (; i + LANES <= n; i += LANES)
+            GRADIENT(i, 0, LANES, stream);
+    else
+        for (; i + LANES <= n; i += LANES)
+            GRADIENT(i, head, LANES, stream);
     if (i < n)
-        GRADIENT(n - i, false);
+        GRADIENT(i, head, n - i, false);
 #undef GRADIENT
 }
 

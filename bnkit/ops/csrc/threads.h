@@ -34,4 +34,6 @@ INLINE int64_t between(int64_t least, int64_t value, int64_t most)
 
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
+INLINE int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
 #endif

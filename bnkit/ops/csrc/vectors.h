@@ -4,6 +4,7 @@
 
 #include "activations.h"
 #include "channels.h"
+#include "mask.h"
 
 enum {
     UNROLL = 8,
@@ -48,7 +49,9 @@ INLINE vec tree_dot(const vec v[UNROLL], const vec w[UNROLL])
     return (pairs[0] + pairs[1]) + (pairs[2] + pairs[3]);
 }
 
-/* Below, n is LANES or a tail's length; pointers are to the vector's first element. `residual` counts if `add`. */
+/* Below, n is LANES or a tail's length; pointers to elements are to the vector's first one. `residual` counts if `add`,
+ * the mask under RELU_WITH_MASK: it goes to `passed`, and comes from the i-th bit of `mask` on, a head and whole vectors
+ * after its start. */
 
 INLINE vec before_activation(vec x, const elem *residual, vec_maps m, bool add, int64_t n)
 {
@@ -56,24 +59,34 @@ INLINE vec before_activation(vec x, const elem *residual, vec_maps m, bool add, 
     return add ? z + load(residual, n) : z;
 }
 
-INLINE void normalize_vector(const elem *x, const elem *residual, elem *y, vec_maps m, int activation, bool add,
-                             int64_t n, bool stream)
+INLINE void normalize_vector(const elem *x, const elem *residual, elem *y, bit_writer *passed, vec_maps m,
+                             int activation, bool add, int64_t n, bool stream)
 {
-    store(y, activate(before_activation(load(x, n), residual, m, add, n), activation), n, stream);
+    const vec z = before_activation(load(x, n), residual, m, add, n);
+    if (activation == RELU_WITH_MASK) {
+        const uint32_t bits = passed_lanes(z);
+        put_bits(passed, n == LANES ? bits : bits & ((1u << n) - 1), n);
+        store(y, passed_values(z, bits), n, stream);
+    } else
+        store(y, activate(z, activation), n, stream);
 }
 
-INLINE vec vector_dz(const elem *dy, vec x, const elem *residual, vec_maps m, int activation, bool add, int64_t n)
+INLINE vec vector_dz(const elem *dy, vec x, const elem *residual, const unsigned char *mask, int64_t i, int64_t head,
+                     vec_maps m, int activation, bool add, int64_t n)
 {
     if (activation == BNKIT_NONE)
         return load(dy, n);
+    if (activation == RELU_WITH_MASK)
+        return keep_lanes(load(dy, n), bits_at(mask + (uint64_t)i / 8, bit_of(i, head)));
     return gradient_through(load(dy, n), before_activation(x, residual, m, add, n), activation);
 }
 
 /* `through_x`: whether dx has the terms that come by way of the batch's statistics. */
-INLINE void gradient_vector(const elem *dy, const elem *x, const elem *residual, elem *dx, elem *dresidual, vec_maps m,
-                            bool through_x, int activation, bool add, int64_t n, bool stream)
+INLINE void gradient_vector(const elem *dy, const elem *x, const elem *residual, const unsigned char *mask, int64_t i,
+                            int64_t head, elem *dx, elem *dresidual, vec_maps m, bool through_x, int activation,
+                            bool add, int64_t n, bool stream)
 {
-    const vec from_x = load(x, n), dz = vector_dz(dy, from_x, residual, m, activation, add, n);
+    const vec from_x = load(x, n), dz = vector_dz(dy, from_x, residual, mask, i, head, m, activation, add, n);
     if (dx && through_x)
         store(dx, multiply_add(dz, m.scale, multiply_add(from_x - m.shift, m.slope, m.constant)), n, stream);
     else if (dx)
