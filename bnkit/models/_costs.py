@@ -91,7 +91,7 @@ def costs(model: nn.Module, input: Any) -> Costs:
       `torch.utils.flop_counter` counts; biases, norms, activations and poolings are left out, as papers do.
     - **Activation memory** is the bytes of distinct tensors that autograd keeps for the backward pass in training
       mode, parameters and buffers left out; the input counts where a layer keeps it. A layer of `bnkit.nn` keeps its
-      input, mean and 1/σ, and its residual where there is an activation.
+      input, mean and 1/σ, and its residual where there is an activation (of which under ReLU a bit a value may do).
     - **Bytes moved by normalization** in a training step are 8 times the size of its input: forward it reads x for
       the statistics, reads x and writes y; backward it reads x and dy for the sums, reads both and writes dx. A
       residual adds 2 (read r, write its gradient), an activation in the layer none. With fixed statistics it is 5:

@@ -67,10 +67,11 @@ def differentiable(
 
 def _differentiable_gradients(ctx: Any, dy: Tensor, needs: tuple[bool, bool, bool, bool]) -> Gradients:
     """The gradients as functions of dy and of the inputs that autograd and transforms can follow: the reference's."""
-    x, mean, invstd, weight, bias, residual = ctx.saved_tensors
+    x, mean, invstd, weight, bias, kept = saved_tensors = ctx.saved_tensors  # once: checkpointing allows no more
     _, _, _, training, _, eps, activation = ctx.call
-    if residual is not None and residual.dtype is torch.uint8:  # a mask: relu's second derivative is 0
-        dy, activation, residual = dy.masked_fill(_passed(ctx) == 0, 0), None, None
+    residual = kept
+    if kept is not None and kept.dtype is torch.uint8:  # a mask: relu's second derivative is 0
+        dy, activation, residual = dy.masked_fill(_passed(ctx, saved_tensors) == 0, 0), None, None
     saved = {"x": x, "residual": residual, "weight": weight, "bias": bias}
 
     def forward(inputs: dict[str, Tensor]) -> Tensor:
@@ -86,9 +87,9 @@ def _differentiable_gradients(ctx: Any, dy: Tensor, needs: tuple[bool, bool, boo
     return found.get("x"), dresidual, found.get("weight"), found.get("bias")
 
 
-def _passed(ctx: Any) -> Tensor:
+def _passed(ctx: Any, saved_tensors: tuple[Any, ...]) -> Tensor:
     """1 where relu passed z, else 0: the residual's gradient for a dy of 1, which the backend reads off the mask."""
-    x, mean, invstd, weight, bias, mask = ctx.saved_tensors
+    x, mean, invstd, weight, bias, mask = saved_tensors
     backend, _, _, training, _, _, activation = ctx.call
     without_transforms = temporarily_clear_interpreter_stack if transforms_active() else nullcontext
     with torch.no_grad(), without_transforms():

@@ -15,7 +15,6 @@ it; `BNKIT_CPU_LIBRARY` names another build of the library. Both are read once.
 from __future__ import annotations
 
 import ctypes
-import math
 import os
 import struct
 import sys
@@ -97,7 +96,8 @@ def forward(
     """y, the mean and invstd (float64) it was normalized with, and what is kept: see `dispatch.Backend`."""
     x, outer, channels, inner = _laid_out(x)
     y = torch.empty_like(x)
-    mask = _mask_for(x) if residual is not None and activation == "relu" and for_backward else None
+    masked = residual is not None and activation == "relu" and for_backward
+    mask = _mask_for(x, outer, channels, inner) if masked else None
     kept = None if activation is None else residual if mask is None else mask
     mean = torch.empty(channels, dtype=torch.float64, device=x.device)
     invstd = torch.empty_like(mean)
@@ -153,7 +153,9 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """dx, dresidual, dweight, dbias, as far as needed: see `dispatch.Backend`."""
     is_mask = kept is not None and kept.dtype is torch.uint8
-    x, outer, channels, inner = _laid_out(x if kept is None or not is_mask else _in_order_of(kept, x))
+    x, outer, channels, inner = _laid_out(x)
+    if kept is not None and is_mask and x.is_contiguous() != (kept.dim() == 1):  # hooks have reordered what was saved
+        x, outer, channels, inner = _laid_out(_reordered(x))
     dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
     dx = torch.empty_like(x) if needs[0] else None
     dresidual = torch.empty_like(x) if needs[1] and activation is not None else None
@@ -195,28 +197,23 @@ def backward(
     return dx, dresidual, _as_type_of(dweight, weight), _as_type_of(dbias, bias)
 
 
-def _mask_for(x: Tensor) -> Tensor | None:
-    """Memory for ReLU's mask (csrc/mask.h), two-dimensional where x is in rows; None where they would share bytes."""
-    samples, channels, *spatial = x.shape
-    outer, inner, in_planes = samples, math.prod(spatial), x.is_contiguous()
+def _mask_for(x: Tensor, outer: int, channels: int, inner: int) -> Tensor | None:
+    """Memory for ReLU's mask (csrc/mask.h), 2-dimensional where x is in rows; None where they would share bytes."""
     if channels == 1:
         outer, inner = 1, outer * inner
-    if in_planes and inner >= _SHORTEST_PLANE:
+    if inner >= _SHORTEST_PLANE:
         size = outer * channels * ((inner + 7) // 8)
-    elif (channels * inner if in_planes else channels) % 8 == 0:
+    elif channels * inner % 8 == 0:
         size = outer * channels * inner // 8
     else:
         return None
     size += _MASK_PADDING
-    return torch.empty(size if in_planes else (size, 1), dtype=torch.uint8, device=x.device)
+    return torch.empty(size if x.is_contiguous() else (size, 1), dtype=torch.uint8, device=x.device)
 
 
-def _in_order_of(mask: Tensor, x: Tensor) -> Tensor:
-    """x in the order of memory that it had when the mask was made: hooks on saved tensors may have changed it."""
-    in_planes = mask.dim() == 1
-    if _laid_out(x)[0].is_contiguous() == in_planes:
-        return x
-    return x.contiguous() if in_planes else x.movedim(1, -1).contiguous().movedim(-1, 1)
+def _reordered(x: Tensor) -> Tensor:
+    """From contiguous to rows, or back."""
+    return x.movedim(1, -1).contiguous().movedim(-1, 1) if x.is_contiguous() else x.contiguous()
 
 
 def _laid_out(x: Tensor) -> tuple[Tensor, int, int, int]:

@@ -33,12 +33,22 @@ def theirs(x: Tensor, weight: Tensor = WEIGHT, *, training: bool = True) -> Tens
     return F.batch_norm(x, *statistics, weight, BIAS, training)
 
 
+def wide(function: Function, x: Tensor) -> Tensor:
+    """The function of planes large enough for the kernels to keep a mask under ReLU."""
+    return function(torch.cat([x * k for k in range(1, 6)], -1)).unflatten(-1, (5, -1)).sum(-2)
+
+
+NO = (None, None)
 OURS: dict[str, tuple[Function, Function]] = {
     "training": (lambda x: batch_norm(x, None, None, WEIGHT, BIAS, training=True), theirs),
     "inference": (lambda x: batch_norm(x, *STATISTICS, WEIGHT, BIAS), lambda x: theirs(x, training=False)),
     "activation and residual": (
         lambda x: batch_norm(x, None, None, WEIGHT, BIAS, training=True, activation="tanh", residual=RESIDUAL * x),
         lambda x: torch.tanh(theirs(x) + RESIDUAL * x),
+    ),
+    "relu and residual": (
+        lambda x: wide(lambda z: batch_norm(z, *NO, WEIGHT, BIAS, training=True, activation="relu", residual=z**2), x),
+        lambda x: wide(lambda z: torch.relu(theirs(z) + z**2), x),
     ),
     "residual of an inference": (
         lambda x: batch_norm(X, *STATISTICS, WEIGHT, BIAS, residual=x * x),

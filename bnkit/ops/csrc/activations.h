@@ -127,7 +127,7 @@ INLINE vec activate(vec z, int activation)
     if (activation == BNKIT_NONE)
         return z;
     if (activation == BNKIT_RELU)
-        return choose(z < (real)0, (vec){0}, z);
+        return choose(z <= (real)0, (vec){0}, z); /* as gradient_through does and masks do */
     return other_activation(z, activation);
 }
 

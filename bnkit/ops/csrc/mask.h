@@ -84,17 +84,6 @@ INLINE uint32_t bits_at(const unsigned char *p, int bit)
     return bit ? (low | (uint32_t)p[2] << 16) >> bit : low;
 }
 
-/* What ReLU makes of z, given the lanes that it passes. */
-INLINE vec passed_values(vec z, uint32_t bits)
-{
-#if defined(BNKIT_AVX512)
-    return keep_lanes(z, bits);
-#else
-    (void)bits;
-    return choose(z <= (real)0, (vec){0}, z);
-#endif
-}
-
 INLINE void prefetch_bits(const unsigned char *mask, int64_t n)
 {
     for (int64_t i = 0; i < n; i += 8 * 64)

@@ -29,6 +29,7 @@ typedef struct {
     int64_t padded; /* elements of an array as wide as a folded row: a vector may start at any of them */
     int blocks, threads;
     bool stream;    /* outputs go past the caches */
+    int64_t step;   /* channels that threads do not part: those of a mask's byte, if there is one */
     void *memory;
     double *partial[2]; /* (blocks, channels): a block's mean and m2, or its sums of dz and dz_x */
     double *sums;       /* (threads, 2, padded) */
@@ -61,10 +62,10 @@ static bool allocate_rows(rows *p)
     return true;
 }
 
-static bool rows_of(int64_t outer, int64_t channels, int64_t inner, int threads, bool stream, rows *p)
+static bool rows_of(int64_t outer, int64_t channels, int64_t inner, int threads, bool stream, bool masked, rows *p)
 {
     *p = (rows){.rows = outer, .channels = channels, .inner = inner, .row = channels * inner, .threads = threads,
-                .stream = stream};
+                .stream = stream, .step = masked ? 8 : 1};
     p->fold = between(1, (ROWS_WIDTH + p->row - 1) / p->row, outer);
     p->padded = round_up(p->fold * p->row + LANES, ROWS_ALIGNMENT);
     p->blocks = (int)between(1, smaller(outer * inner / ROWS_BLOCK_VALUES, outer * p->row / ROWS_BLOCK_ELEMENTS),
@@ -75,10 +76,10 @@ static bool rows_of(int64_t outer, int64_t channels, int64_t inner, int threads,
 INLINE int64_t row_block_start(const rows *p, int b) { return p->rows * b / p->blocks; }
 INLINE double row_values(const rows *p, int64_t begin, int64_t end) { return (double)((end - begin) * p->inner); }
 
-/* The k-th share's first channel, at a byte of its own in a mask. */
+/* The k-th share's first channel. */
 INLINE int64_t share_start(const rows *p, int k, int shares)
 {
-    return k < shares ? p->channels / 8 * k / shares * 8 : p->channels;
+    return k < shares ? p->channels / p->step * k / shares * p->step : p->channels;
 }
 
 /* Threads divide the blocks; where there are fewer blocks than threads, the channels too. */

@@ -79,7 +79,7 @@ static void backward_rows_share(const bnkit_backward *g, const rows *p, int rank
 static bool backward_rows(const bnkit_backward *g)
 {
     rows p;
-    if (!rows_of(g->outer, g->channels, g->inner, g->threads, g->stream, &p))
+    if (!rows_of(g->outer, g->channels, g->inner, g->threads, g->stream, g->mask != NULL, &p))
         return false;
     if (p.threads == 1)
         backward_rows_share(g, &p, 0, 1);

@@ -90,7 +90,7 @@ static void forward_rows_share(const bnkit_forward *f, const rows *p, int rank, 
 static bool forward_rows(const bnkit_forward *f)
 {
     rows p;
-    if (!rows_of(f->outer, f->channels, f->inner, f->threads, f->stream, &p))
+    if (!rows_of(f->outer, f->channels, f->inner, f->threads, f->stream, f->mask != NULL, &p))
         return false;
     if (p.threads == 1)
         forward_rows_share(f, &p, 0, 1);

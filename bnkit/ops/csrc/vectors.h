@@ -66,7 +66,7 @@ INLINE void normalize_vector(const elem *x, const elem *residual, elem *y, bit_w
     if (activation == RELU_WITH_MASK) {
         const uint32_t bits = passed_lanes(z);
         put_bits(passed, n == LANES ? bits : bits & ((1u << n) - 1), n);
-        store(y, passed_values(z, bits), n, stream);
+        store(y, activate(z, BNKIT_RELU), n, stream);
     } else
         store(y, activate(z, activation), n, stream);
 }
