@@ -6,7 +6,6 @@ The first ones are the backend's own; the second, and those of a batched or dual
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -91,8 +90,7 @@ def _passed(ctx: Any, saved_tensors: tuple[Any, ...]) -> Tensor:
     """1 where relu passed z, else 0: the residual's gradient for a dy of 1, which the backend reads off the mask."""
     x, mean, invstd, weight, bias, mask = saved_tensors
     backend, _, _, training, _, _, activation = ctx.call
-    without_transforms = temporarily_clear_interpreter_stack if transforms_active() else nullcontext
-    with torch.no_grad(), without_transforms():
+    with torch.no_grad(), temporarily_clear_interpreter_stack():
         found = backend.backward(
             torch.ones_like(x), x, mean, invstd, weight, bias, training, activation, mask, (False, True, False, False)
         )[1]

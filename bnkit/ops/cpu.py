@@ -152,9 +152,9 @@ def backward(
     needs: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """dx, dresidual, dweight, dbias, as far as needed: see `dispatch.Backend`."""
-    is_mask = kept is not None and kept.dtype is torch.uint8
+    mask = kept if kept is not None and kept.dtype is torch.uint8 else None
     x, outer, channels, inner = _laid_out(x)
-    if kept is not None and is_mask and x.is_contiguous() != (kept.dim() == 1):  # hooks have reordered what was saved
+    if mask is not None and x.is_contiguous() != (mask.dim() == 1):  # hooks have reordered what was saved
         x, outer, channels, inner = _laid_out(_reordered(x))
     dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
     dx = torch.empty_like(x) if needs[0] else None
@@ -163,7 +163,7 @@ def backward(
     dweight = torch.empty_like(real_weight) if needs[2] and real_weight is not None else None
     dbias = torch.empty_like(real_bias) if needs[3] and real_bias is not None else None
     dy = _like(dy, x)
-    residual = None if kept is None or is_mask else _like(kept, x)
+    residual = None if kept is None or mask is not None else _like(kept, x)
     library = _library()
     assert library is not None
     done = library.bnkit_batch_norm_backward(
@@ -179,7 +179,7 @@ def backward(
             dy.data_ptr(),
             x.data_ptr(),
             _pointer(residual),
-            _pointer(kept if is_mask else None),
+            _pointer(mask),
             _pointer(real_weight),
             _pointer(real_bias),
             mean.data_ptr(),

@@ -62,6 +62,14 @@ def poisoned() -> Iterator[None]:
 
 
 @pytest.fixture
+def threads_kept() -> Iterator[None]:
+    """PyTorch's number of threads is put back."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def only_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing falls back to the reference unseen."""
 

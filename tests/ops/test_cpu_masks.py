@@ -7,7 +7,7 @@ import dataclasses
 import oracle
 import pytest
 import torch
-from _cases import batch_norm, instruction_set, needs_kernels, only_kernels, poisoned  # noqa: F401
+from _cases import batch_norm, instruction_set, needs_kernels, poisoned, threads_kept  # noqa: F401
 from oracle import make_case
 from torch import Tensor
 
@@ -95,18 +95,14 @@ def test_what_is_not_a_number_passes(shape, layout):
     ("shape", "layout"),
     [((8, 3, 190, 191), "contiguous"), ((2, 1000, 12, 12), "channels_last"), ((40, 3000), "contiguous")],
 )
-@pytest.mark.usefixtures("poisoned")
+@pytest.mark.usefixtures("poisoned", "threads_kept")
 def test_no_two_threads_share_a_byte(shape, layout, threads):
     case = make_case(shape, layout=layout, activation="relu", residual=True)
     _, expected = passes(case, by_mask=False)
-    before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    try:
-        for _ in range(5):
-            _, found = passes(case, by_mask=True)
-            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    finally:
-        torch.set_num_threads(before)
+    for _ in range(5):
+        _, found = passes(case, by_mask=True)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize(("shape", "layout"), TOO_NARROW, ids=str)

@@ -7,19 +7,27 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import oracle
 import pytest
 import torch
-from _cases import assert_identical, batch_norm, check, instruction_set, needs_kernels, only_kernels, poisoned  # noqa: F401
+from _cases import (  # noqa: F401
+    assert_identical,
+    batch_norm,
+    check,
+    instruction_set,
+    needs_kernels,
+    only_kernels,
+    poisoned,
+    threads_kept,
+)
 from oracle import make_case
 
 from bnkit.ops import cpu
 
-pytestmark = [needs_kernels, pytest.mark.usefixtures("poisoned", "only_kernels")]
+pytestmark = [needs_kernels, pytest.mark.usefixtures("poisoned", "only_kernels", "threads_kept")]
 
 # A thread gets 16384 elements at least, so all of these keep several busy.
 SHAPES = {
@@ -34,13 +42,6 @@ SHAPES = {
     (9, 23, 24, 25): "rows where the layout is channels_last",
 }
 COUNTS = (2, 3, 4, 7)
-
-
-@pytest.fixture(autouse=True)
-def _threads_kept() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def on_threads(count: int, case: oracle.Case) -> oracle.Results:

@@ -1,8 +1,8 @@
 /* What is computed once a channel, in double precision, for `n` channels at a time, from channel c of the call on.
  *
  * Forward: z = (x - shift) * scale + offset. The part of the mean that `real` can't hold is in the offset, so z keeps
- * its accuracy where the mean is large against the deviation. Backward, without a mask, computes z again, to the same bit; then
- * dx = dz * scale + (x - shift) * slope + constant.
+ * its accuracy where the mean is large against the deviation. Backward, without a mask, computes z again, to the same
+ * bit, and then dx = dz * scale + (x - shift) * slope + constant.
  */
 #ifndef BNKIT_CHANNELS_H
 #define BNKIT_CHANNELS_H

@@ -1,7 +1,7 @@
 /* Which values of z ReLU passed, a bit each: where there is a residual, backward would have to read it again to know.
  *
- * Each plane's bits, or row's, begin with a byte of their own, so that no two threads write to one byte. Bit i % 8 of byte
- * i / 8 is that of the run's i-th element.
+ * Each plane's bits, or row's, begin with a byte of their own, so that no two threads write to one byte. Bit i % 8 of
+ * byte i / 8 is that of the run's i-th element.
  */
 #ifndef BNKIT_MASK_H
 #define BNKIT_MASK_H
@@ -46,7 +46,7 @@ INLINE vec keep_lanes(vec v, uint32_t bits)
 #endif
 }
 
-/* Writes bits one after the other, a word at a time: more stores among those of a whole vector would slow those down. */
+/* Writes bits one after the other, a word at a time: more stores among those of whole vectors would slow these down. */
 typedef struct {
     unsigned char *next;
     uint64_t word;
@@ -73,8 +73,8 @@ INLINE void finish_bits(bit_writer *w)
         *w->next++ = (unsigned char)w->word;
 }
 
-/* Of a vector that begins `head` elements after a run's start, or whole vectors later, the bit in its byte: the compiler
- * knows it where it knows the head, if vectors are whole bytes. */
+/* Of a vector that begins `head` elements after a run's start, or whole vectors later, the bit in its byte: the
+ * compiler knows it where it knows the head, if vectors are whole bytes. */
 INLINE int bit_of(int64_t i, int64_t head) { return (int)(LANES % 8 ? i % 8 : head % 8); }
 
 /* LANES bits or more from this bit of *p on. Two bytes after the last of them may be read. */

@@ -63,13 +63,18 @@ static planes planes_of(int64_t outer, int64_t channels, int64_t inner, int thre
     return p;
 }
 
-/* Where unit u of channel c starts, and how long it is. Divisions would cost as much as a small plane. */
-INLINE int64_t unit_start(const planes *p, int64_t u, int64_t c)
+/* Where unit u of channel c starts, if planes are this long and units that. Divisions would cost as much as a small
+ * plane. */
+INLINE int64_t place_of(const planes *p, int64_t u, int64_t c, int64_t plane, int64_t unit)
 {
     if (p->pieces == 1)
-        return (u * p->channels + c) * p->inner;
-    return ((u / p->pieces) * p->channels + c) * p->inner + (u % p->pieces) * p->unit;
+        return (u * p->channels + c) * plane;
+    return ((u / p->pieces) * p->channels + c) * plane + (u % p->pieces) * unit;
 }
+
+/* Its first element, its mask's first byte, and how many elements it has. */
+INLINE int64_t unit_start(const planes *p, int64_t u, int64_t c) { return place_of(p, u, c, p->inner, p->unit); }
+INLINE int64_t mask_start(const planes *p, int64_t u, int64_t c) { return place_of(p, u, c, p->bits, p->unit / 8); }
 
 INLINE int64_t unit_length(const planes *p, int64_t u)
 {
@@ -78,14 +83,6 @@ INLINE int64_t unit_length(const planes *p, int64_t u)
 
 /* The unit in which the channel goes on after unit u. */
 INLINE int64_t unit_after(const planes *p, int64_t u) { return u + 1 < p->units ? u + 1 : u; }
-
-/* Which byte a unit's mask begins with. */
-INLINE int64_t mask_start(const planes *p, int64_t u, int64_t c)
-{
-    if (p->pieces == 1)
-        return (u * p->channels + c) * p->bits;
-    return ((u / p->pieces) * p->channels + c) * p->bits + (u % p->pieces) * p->unit / 8;
-}
 
 INLINE int64_t block_start(const planes *p, int64_t b) { return p->units * b / p->blocks; }
 INLINE int first_block(const planes *p, int rank, int size) { return p->blocks * rank / size; }

@@ -29,10 +29,7 @@ static void sums_of_block(const bnkit_backward *g, const planes *p, share s, int
     memset(sums, 0, sizeof sums[0] * s.width);
     memset(dots, 0, sizeof dots[0] * s.width);
 #define SUM(activation, add) sum_block_as(g, p, s, b, maps, sums, dots, activation, add)
-    if (g->mask)
-        SUM(RELU_WITH_MASK, false);
-    else
-        SPECIALIZE(g->activation, g->residual != NULL, SUM);
+    SPECIALIZE(g->mask, false, g->activation, g->residual != NULL, SUM);
 #undef SUM
     for (int64_t i = 0; i < s.width; i++) {
         dz[i] = total(&sums[i]);
@@ -74,10 +71,8 @@ static void gradient_of_blocks(const bnkit_backward *g, const planes *p, share s
     gradient_of_blocks_as(g, p, s, first, last, maps, g->dy, g->dresidual, activation, add)
     if (keeps_dz(g))
         gradient_of_blocks_as(g, p, s, first, last, maps, g->dresidual, NULL, BNKIT_NONE, false);
-    else if (g->mask)
-        GRADIENT(RELU_WITH_MASK, false);
     else
-        SPECIALIZE(g->activation, g->residual != NULL, GRADIENT);
+        SPECIALIZE(g->mask, false, g->activation, g->residual != NULL, GRADIENT);
 #undef GRADIENT
 }
 

@@ -80,10 +80,7 @@ static void normalize_blocks(const bnkit_forward *f, const planes *p, share s, i
                              const channel_maps *maps)
 {
 #define NORMALIZE(activation, add) normalize_blocks_as(f, p, s, first, last, maps, activation, add)
-    if (f->mask)
-        NORMALIZE(RELU_WITH_MASK, true);
-    else
-        SPECIALIZE(f->activation, f->residual != NULL, NORMALIZE);
+    SPECIALIZE(f->mask, true, f->activation, f->residual != NULL, NORMALIZE);
 #undef NORMALIZE
 }
 

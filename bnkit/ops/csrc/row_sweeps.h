@@ -33,8 +33,8 @@ INLINE bool can_stream(const elem *out, patch p)
     return misaligned(out + p.start) == 0 && p.stride % (int64_t)(sizeof(raw) / sizeof(elem)) == 0;
 }
 
-/* Calls STEP(i, j, lanes) for all vectors of row r: i is their place in the tensor, j in the arrays. Here and below, the
- * numbers that follow j are constants but at the edges. */
+/* Calls STEP(i, j, lanes) for all vectors of row r: i is their place in the tensor, j in the arrays. Here and below,
+ * the numbers that follow j are constants but at the edges. */
 #define FOR_EACH_VECTOR(p, r, STEP)                                                                                    \
     do {                                                                                                               \
         const int64_t row_start = (p).start + (r) * (p).stride;                                                        \
@@ -130,10 +130,7 @@ static void normalize_rows(const elem *x, const elem *residual, elem *y, unsigne
 {
     const bool stream = p.stream && can_stream(y, p);
 #define NORMALIZE(activation, add) normalize_rows_as(x, add ? residual : x, y, mask, p, m, stream, activation, add)
-    if (mask)
-        NORMALIZE(RELU_WITH_MASK, true);
-    else
-        SPECIALIZE(activation, residual != NULL, NORMALIZE);
+    SPECIALIZE(mask, true, activation, residual != NULL, NORMALIZE);
 #undef NORMALIZE
 }
 
@@ -179,10 +176,7 @@ static void sum_gradient_rows(const elem *dy, const elem *x, const elem *residua
     const bool stream = p.stream && dresidual && can_stream(dresidual, p);
 #define SUM(activation, add)                                                                                           \
     sum_gradient_rows_as(dy, x, add ? residual : x, mask, dresidual, p, m, sum, dot, stream, activation, add)
-    if (mask)
-        SUM(RELU_WITH_MASK, false);
-    else
-        SPECIALIZE(activation, residual != NULL, SUM);
+    SPECIALIZE(mask, false, activation, residual != NULL, SUM);
 #undef SUM
 }
 
@@ -206,10 +200,7 @@ static void gradient_rows(const elem *dy, const elem *x, const elem *residual, c
     const bool stream = p.stream && (!dx || can_stream(dx, p)) && (!dresidual || can_stream(dresidual, p));
 #define GRADIENT(activation, add)                                                                                      \
     gradient_rows_as(dy, x, add ? residual : x, mask, dx, dresidual, p, m, through_x, stream, activation, add)
-    if (mask)
-        GRADIENT(RELU_WITH_MASK, false);
-    else
-        SPECIALIZE(activation, residual != NULL, GRADIENT);
+    SPECIALIZE(mask, false, activation, residual != NULL, GRADIENT);
 #undef GRADIENT
 }
 

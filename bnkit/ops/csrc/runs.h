@@ -155,7 +155,7 @@ INLINE void gradient_run(const elem *dy, const elem *x, const elem *residual, co
     int64_t i = head;
     if (head > 0)
         GRADIENT(0, 0, head, false);
-    if (activation == RELU_WITH_MASK && head == 0) /* the compiler then knows where the vectors' bits are in their bytes */
+    if (activation == RELU_WITH_MASK && head == 0) /* the compiler then knows where in a byte the vectors' bits are */
         for (; i + LANES <= n; i += LANES)
             GRADIENT(i, 0, LANES, stream);
     else

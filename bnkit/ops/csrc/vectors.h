@@ -11,10 +11,13 @@ enum {
     AHEAD = 4096 / sizeof(elem) /* elements from one in use to the one asked for, at least */
 };
 
-/* Calls CALL with the activation and the flag as constants for the cases worth a loop of their own. */
-#define SPECIALIZE(activation, flag, CALL)                                                                             \
+/* Calls CALL with the activation and the flag as constants for the cases worth a loop of their own; with a mask, the
+ * flag is `masked_flag`. */
+#define SPECIALIZE(mask, masked_flag, activation, flag, CALL)                                                          \
     do {                                                                                                               \
-        if ((activation) == BNKIT_NONE && (flag))                                                                      \
+        if (mask)                                                                                                      \
+            CALL(RELU_WITH_MASK, masked_flag);                                                                         \
+        else if ((activation) == BNKIT_NONE && (flag))                                                                 \
             CALL(BNKIT_NONE, true);                                                                                    \
         else if ((activation) == BNKIT_NONE)                                                                           \
             CALL(BNKIT_NONE, false);                                                                                   \
@@ -49,8 +52,8 @@ INLINE vec tree_dot(const vec v[UNROLL], const vec w[UNROLL])
     return (pairs[0] + pairs[1]) + (pairs[2] + pairs[3]);
 }
 
-/* Below, n is LANES or a tail's length; pointers to elements are to the vector's first one. `residual` counts if `add`,
- * the mask under RELU_WITH_MASK: it goes to `passed`, and comes from the i-th bit of `mask` on, a head and whole vectors
+/* Below, n is LANES or a tail's length; pointers to elements are to the vector's first. `residual` counts if `add`, the
+ * mask under RELU_WITH_MASK: it goes to `passed`, and comes from the i-th bit of `mask` on, a head and whole vectors
  * after its start. */
 
 INLINE vec before_activation(vec x, const elem *residual, vec_maps m, bool add, int64_t n)
