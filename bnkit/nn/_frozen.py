@@ -12,7 +12,39 @@ from ._any_dimension import AnyDimension, Options
 from ._batch_norm import BatchNorm
 
 
-class _Frozen(BatchNorm):
+class FrozenBatchNorm(AnyDimension):
+    r"""Batch normalization with statistics that never change: a fixed scale and shift a channel. For (N, C, *).
+
+        y = activation(weight · (x - running_mean) / √(running_var + eps) + bias + residual)
+
+    in training and in eval mode. `model.train()` leaves it in eval mode, and no forward pass, `reset_running_stats` or
+    `torch.optim.swa_utils.update_bn` changes its statistics. For fine-tuning on batches too small or too unlike the
+    original data to measure statistics on, as in detection.
+
+    weight and bias are parameters, and learn if their `requires_grad` says so: by default they do, with
+    `trainable=False` they don't. (torchvision's layer of this name keeps them as buffers, which never learn.)
+
+    Loads, strictly, the `state_dict` of any `torch.nn` batch norm, and of torchvision's and detectron2's
+    FrozenBatchNorm2d, which lacks `num_batches_tracked`.
+
+    References:
+        He, Zhang, Ren and Sun, "Deep Residual Learning for Image Recognition", 2015,
+        https://arxiv.org/abs/1512.03385, appendix A (BN fixed in detection).
+
+    Args:
+        num_features: C.
+        eps: added to the variance.
+        momentum: kept for conversion back; unused.
+        affine: have weight and bias.
+        track_running_stats: must be True.
+        device, dtype: of parameters and buffers.
+        trainable: learn weight and bias.
+        bias, activation, skip_nonfinite, inplace: as in `BatchNorm2d`.
+
+    Raises:
+        ValueError: `track_running_stats=False`, or what `bnkit.functional.batch_norm` raises it for.
+    """
+
     def __init__(
         self,
         num_features: int,
@@ -74,47 +106,19 @@ class _Frozen(BatchNorm):
         )
 
 
-class FrozenBatchNorm(_Frozen, AnyDimension):
-    r"""Batch normalization with statistics that never change: a fixed scale and shift a channel. For (N, C, *).
+class _OfOneDimension(FrozenBatchNorm):
+    """A `FrozenBatchNorm` that looks at its input's dimensions as the class of `torch.nn` behind it does."""
 
-        y = activation(weight · (x - running_mean) / √(running_var + eps) + bias + residual)
-
-    in training and in eval mode. `model.train()` leaves it in eval mode, and no forward pass, `reset_running_stats` or
-    `torch.optim.swa_utils.update_bn` changes its statistics. For fine-tuning on batches too small or too unlike the
-    original data to measure statistics on, as in detection.
-
-    weight and bias are parameters, and learn if their `requires_grad` says so: by default they do, with
-    `trainable=False` they don't. (torchvision's layer of this name keeps them as buffers, which never learn.)
-
-    Loads, strictly, the `state_dict` of any `torch.nn` batch norm, and of torchvision's and detectron2's
-    FrozenBatchNorm2d, which lacks `num_batches_tracked`.
-
-    References:
-        He, Zhang, Ren and Sun, "Deep Residual Learning for Image Recognition", 2015,
-        https://arxiv.org/abs/1512.03385, appendix A (BN fixed in detection).
-
-    Args:
-        num_features: C.
-        eps: added to the variance.
-        momentum: kept for conversion back; unused.
-        affine: have weight and bias.
-        track_running_stats: must be True.
-        device, dtype: of parameters and buffers.
-        trainable: learn weight and bias.
-        bias, activation, skip_nonfinite, inplace: as in `BatchNorm2d`.
-
-    Raises:
-        ValueError: `track_running_stats=False`, or what `bnkit.functional.batch_norm` raises it for.
-    """
+    _check_input_dim = BatchNorm._check_input_dim
 
 
-class FrozenBatchNorm1d(_Frozen, torch.nn.BatchNorm1d):
+class FrozenBatchNorm1d(_OfOneDimension, torch.nn.BatchNorm1d):
     """`FrozenBatchNorm` of (N, C) or (N, C, L)."""
 
 
-class FrozenBatchNorm2d(_Frozen, torch.nn.BatchNorm2d):
+class FrozenBatchNorm2d(_OfOneDimension, torch.nn.BatchNorm2d):
     """`FrozenBatchNorm` of (N, C, H, W)."""
 
 
-class FrozenBatchNorm3d(_Frozen, torch.nn.BatchNorm3d):
+class FrozenBatchNorm3d(_OfOneDimension, torch.nn.BatchNorm3d):
     """`FrozenBatchNorm` of (N, C, D, H, W)."""

@@ -12,17 +12,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import UninitializedBuffer
 
 from .._checks import UserError
-from ..nn import (
-    DomainBatchNorm,
-    FrozenBatchNorm,
-    FrozenBatchNorm1d,
-    FrozenBatchNorm2d,
-    FrozenBatchNorm3d,
-    RecurrentBatchNorm,
-    use_domain,
-)
-
-_FROZEN = (FrozenBatchNorm, FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d)
+from ..nn import DomainBatchNorm, FrozenBatchNorm, RecurrentBatchNorm, use_domain
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -123,7 +113,7 @@ def _check_modules(model: nn.Module) -> None:
 
 
 def _reason_to_leave(layer: _BatchNorm, some_train: bool) -> str | None:
-    if isinstance(layer, _FROZEN):
+    if isinstance(layer, FrozenBatchNorm):
         return f"frozen: a {type(layer).__name__}"
     if layer.running_mean is None or layer.running_var is None:
         return "keeps no running statistics"
