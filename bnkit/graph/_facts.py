@@ -20,6 +20,7 @@ class Value:
         name: of the parameter or buffer it is; None for others.
         readers: the operations that took it as an argument, in the order they ran.
         returned: whether it is part of the model's output.
+        handed_on: the names of functions that gave it back as it was, as dropout does in eval mode.
         kept: whether something outside the forward pass still held it afterwards, as an attribute does.
     """
 
@@ -28,6 +29,7 @@ class Value:
     maker: Operator | None = None
     name: str | None = None
     readers: list[Operator] = dataclasses.field(default_factory=list)
+    handed_on: list[str] = dataclasses.field(default_factory=list)
     returned: bool = False
     kept: bool = False
 

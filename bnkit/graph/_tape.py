@@ -86,6 +86,8 @@ class Tape:
         results = [leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, Tensor)]
         new = [t for t in (*written, *results) if not self._knows(t)]
         if not new and (results or _reads_nothing(function)):
+            for value in inputs if results else ():
+                value.handed_on.append(_name(function))
             return result  # its input as it was, or something about it that is not its content
         self._write_down(function, arguments, inputs, new)
         return result

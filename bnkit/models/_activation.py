@@ -7,19 +7,9 @@ from collections.abc import Callable
 from torch import nn
 
 from .._checks import UserError, unknown
+from ..nn import ACTIVATION_MODULES
 
 Activation = str | Callable[[], nn.Module]
-
-_ACTIVATIONS: dict[str, type[nn.Module]] = {
-    "relu": nn.ReLU,
-    "leaky_relu": nn.LeakyReLU,
-    "elu": nn.ELU,
-    "silu": nn.SiLU,
-    "gelu": nn.GELU,
-    "hardswish": nn.Hardswish,
-    "sigmoid": nn.Sigmoid,
-    "tanh": nn.Tanh,
-}
 
 
 def activation_layer(activation: Activation) -> nn.Module:
@@ -35,6 +25,6 @@ def activation_layer(activation: Activation) -> nn.Module:
                 f"activation must give a torch.nn.Module, got {type(layer).__name__}: pass a class like torch.nn.ELU."
             )
         return layer
-    if activation not in _ACTIVATIONS:
-        raise unknown("activation", str(activation), _ACTIVATIONS)
-    return _ACTIVATIONS[activation]()
+    if activation not in ACTIVATION_MODULES:
+        raise unknown("activation", str(activation), ACTIVATION_MODULES)
+    return ACTIVATION_MODULES[activation]()

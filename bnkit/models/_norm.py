@@ -17,10 +17,6 @@ Norm = str | Callable[[int], nn.Module]
 _PLACEMENTS = ("before", "after")
 
 
-class Fused(nn.Identity):
-    """Stands where the activation would, behind a norm that adds the residual and activates by itself."""
-
-
 def norm_layers(
     norm: Norm, num_features: int, *, dims: int = 2, activation: Activation = "relu", placement: str = "before"
 ) -> list[nn.Module]:
@@ -48,8 +44,8 @@ def norm_and_activation(
 ) -> tuple[nn.Module, nn.Module]:
     """The norm and the activation that follows it.
 
-    A layer of `bnkit.nn` adds the residual and applies the activation itself, and `Fused` stands in the activation's
-    place. `norm_add` calls the pair.
+    A layer of `bnkit.nn` adds the residual and applies the activation itself, and `bnkit.nn.Fused` stands in the
+    activation's place. `norm_add` calls the pair.
 
     Args:
         norm: See `norm_layer`.
@@ -64,7 +60,7 @@ def norm_and_activation(
     layer = norm_layer(norm, num_features, dims=dims)
     if isinstance(activation, str) and _fuses(layer) and activation in ops.ACTIVATIONS:
         setattr(layer, "activation", activation)  # noqa: B010
-        return layer, Fused()
+        return layer, layers.Fused(layer)
     return layer, separate
 
 
@@ -75,7 +71,7 @@ def _fuses(layer: nn.Module) -> bool:
 
 def norm_add(norm: nn.Module, activation: nn.Module, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
     """activation(norm(x) + residual), for a pair that `norm_and_activation` made."""
-    if isinstance(activation, Fused):
+    if isinstance(activation, layers.Fused):
         return norm(x, residual=residual)  # by name, so that hooks of the positional arguments leave it alone
     y = norm(x)
     return activation(y if residual is None else y + residual)

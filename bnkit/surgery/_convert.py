@@ -16,12 +16,14 @@ from torch.nn.modules.conv import _ConvNd
 from .. import nn as layers
 from .._checks import UserError, require, unknown
 from ..graph import Forward
-from ._graft import FROZEN, OURS, activation_of, dimensions_of, grafted
+from ._graft import OURS, activation_of, dimensions_of, grafted, is_again, loses
 from ._norms import is_batch_norm, is_batch_norm_class, is_known
 from ._operation import Operation
 from ._result import Surgery
-from ._stateless import Impossible, check_activation, is_again, places, positions_seen, without_statistics
+from ._stateless import Impossible, places, positions_seen, without_statistics
 from ._verify import check, relative_error, run_changed, run_in_eval, tolerance_for
+from ._verify_training import check_training, trained
+from ._weighted import has_hooks
 from ._where import Where, names_of
 from ._where import selected as meant
 
@@ -36,6 +38,7 @@ _OF_ANY_DIMENSION: dict[str, type[_BatchNorm]] = {
     "renorm": layers.BatchRenorm,
     "sync": layers.SyncBatchNorm,
 }
+_PLAIN = {*_BY_DIMENSION["batch"].values(), *_BY_DIMENSION["torch"].values()}
 _OTHER_STATISTICS = (layers.DomainBatchNorm, layers.RecurrentBatchNorm)
 _WITHOUT_STATISTICS = ("group", "layer", "instance")
 KINDS = tuple(sorted({*_BY_DIMENSION, *_OF_ANY_DIMENSION, *_WITHOUT_STATISTICS}))
@@ -66,8 +69,12 @@ def convert(
     running statistics go: outputs change, and there is no way back. To `"instance"` a `BatchNorm1d` goes only if its
     input is known to be (N, C, L), by `example` or `dims=1`: of (N, C) an instance has one value a channel.
 
+    Where a layer of bnkit's applies its activation and the new one can't, the activation gets its module back behind it
+    in bnkit's models, and where `fuse` put it into the layer and `bnkit.nn.Fused` in its place. Of other such layers,
+    and of ones that take a residual, `"group"`, `"layer"` and `"instance"` make subclasses that do the same.
+
     Left alone, with the reason in `.skipped`: layers that are of the kind already, subclasses with a forward of their
-    own, layers whose activation the new kind can't apply, and ones without what the new kind needs.
+    own, layers that activate or add where the new kind can't, and ones without what the new kind needs.
 
     Args:
         model: untouched, unless `inplace`. It may be a single batch norm.
@@ -75,7 +82,8 @@ def convert(
         where: which layers: names, shell patterns, types, or a predicate on name and module. Default: all.
         inplace: change `model` itself, and nothing if anything fails.
         example: an input to verify on: no old layer may run any more, and for the kinds that keep statistics the
-            outputs in eval mode must agree.
+            outputs in eval mode must agree. So must outputs, gradients and statistics of a step of training where
+            all layers were and become `torch.nn`'s or `bnkit.nn`'s `BatchNorm1d`, `2d` or `3d`.
         forward: `forward(model, example)`, how to call the model.
         tolerance: how far outputs may differ, relative to the largest; default 1e-4 for float32.
         options: arguments of the new layers, such as `ghost_size=16`, `process_group=`, or `groups=` of "group" (32;
@@ -92,15 +100,20 @@ def convert(
     require(dims in (None, 1, 2, 3), f"dims must be 1, 2 or 3, got {dims}: 2 is for images.")
     _check_options(to, options)
     before = None if example is None else run_in_eval(model, example, forward)
+    trains = None if example is None or to not in ("batch", "torch") else trained(model, example, forward)
     originals = {} if inplace else dict(model.named_modules())  # a closure in a copy still holds them
     with Operation(model, inplace=inplace) as operation:
         seen = positions_seen(operation.model, example, forward) if to == "instance" and example is not None else {}
-        exchanged, changed, skipped = _exchange(operation, replacement(to, options, operation.model, dims, seen), where)
+        behind = _placeholders(operation.model)
+        replace = replacement(to, options, operation.model, dims, seen, behind)
+        exchanged, changed, skipped = _exchange(operation, replace, where, behind)
         error = None
         if example is not None:
             old = exchanged | {originals[name]: name for name in changed if name in originals}
             with _refused(old):
                 error = _verified(operation.model, before, example, forward, tolerance, to in _WITHOUT_STATISTICS)
+                if all(type(layer) in _PLAIN for layer in exchanged):
+                    check_training(operation.model, example, forward, trains, "convert")
     return operation.result(changed, skipped, error)
 
 
@@ -123,8 +136,16 @@ def _check_kind(to: Any) -> None:
     )
 
 
+def _placeholders(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """What stands behind layers in the place of their activation, by layer."""
+    return {module.norm: module for module in model.modules() if type(module) is layers.Fused and not has_hooks(module)}
+
+
 def _exchange(
-    operation: Operation, replace: Callable[[nn.Module], nn.Module], where: Where | None
+    operation: Operation,
+    replace: Callable[[nn.Module], nn.Module],
+    where: Where | None,
+    behind: Mapping[nn.Module, nn.Module],
 ) -> tuple[dict[nn.Module, str], dict[str, str], dict[str, str]]:
     """The old layers with their names, what changed, and what did not."""
     old, changed, skipped = {}, {}, {}
@@ -136,6 +157,10 @@ def _exchange(
             continue
         operation.swap(layer, new)
         old[layer], changed[name] = name, f"{type(layer).__name__} → {type(new).__name__}"
+        if layer in behind and not isinstance(new, OURS):
+            activation = layers.ACTIVATION_MODULES[str(activation_of(layer))]().train(behind[layer].training)
+            operation.swap(behind[layer], activation)
+            changed[name] += f", {type(activation).__name__} behind it"
     return old, changed, skipped
 
 
@@ -150,10 +175,12 @@ def replacement(
     model: nn.Module,
     dims: int | None,
     seen: Mapping[nn.Module, set[int]] | None = None,
+    behind: Mapping[nn.Module, nn.Module] | None = None,
 ) -> Callable[[nn.Module], nn.Module]:
     """What makes the new layer out of an old one, and raises `Impossible` where it can't.
 
-    `seen` is how many dimensions of positions the layers' inputs have, where that is known.
+    `seen` is how many dimensions of positions the layers' inputs have, where that is known, and `behind` what stands
+    in the place of the activations that layers have taken up.
     """
     usual = dims or _usual_dimensions(model)
 
@@ -163,10 +190,10 @@ def replacement(
         if "parametrizations" in layer._modules:
             raise Impossible("is parametrized")
         if to in _WITHOUT_STATISTICS:
-            behind = places(layer, (seen or {}).get(layer, set()), dims, usual) if to == "instance" else 0
-            return without_statistics(layer, str(to), options, behind)
+            over = places(layer, (seen or {}).get(layer, set()), dims, usual) if to == "instance" else 0
+            return without_statistics(layer, str(to), options, over, alone=layer in (behind or {}))
         kind = to if isinstance(to, type) else _class_of(to, dimensions_of(layer), usual)
-        _check_possible(layer, kind, options)
+        _check_possible(layer, kind, options, layer in (behind or {}))
         return grafted(layer, kind, options, model)
 
     return replace
@@ -189,18 +216,19 @@ def _usual_dimensions(model: nn.Module) -> int | None:
     return found.pop() if len(found) == 1 else None
 
 
-def _check_possible(layer: nn.Module, kind: type[_BatchNorm], options: dict[str, Any]) -> None:
+def _check_possible(layer: nn.Module, kind: type[_BatchNorm], options: dict[str, Any], activates_behind: bool) -> None:
     if type(layer) is kind and not options:
         raise Impossible(f"is a {kind.__name__} already")
-    if layer.running_mean is None and issubclass(kind, (layers.BatchRenorm, *FROZEN)):
+    if layer.running_mean is None and issubclass(kind, (layers.BatchRenorm, layers.FrozenBatchNorm)):
         raise Impossible(f"keeps no running statistics, which {kind.__name__} needs")
     if not is_again(layer, kind) and not _is_built_as_usual(kind, options):
         raise Impossible(f"{kind.__name__} takes other arguments than num_features, momentum= and device=")
     try:
-        activation = activation_of(layer)
+        lost = loses(layer, kind, activates_behind)
     except LookupError as error:
         raise Impossible(f"applies a {error} too, which bnkit.nn's layers don't") from None
-    check_activation(layer, activation, kind)
+    if lost is not None:
+        raise Impossible(f"{lost}, which {kind.__name__} can't")
 
 
 def _is_built_as_usual(kind: type[nn.Module], options: dict[str, Any]) -> bool:

@@ -8,12 +8,15 @@ import torch
 from torch import nn
 
 from .._checks import require
+from ..nn import FrozenBatchNorm
 from ._convert import replacement, selected
-from ._graft import FROZEN, grafted, origin_of
+from ._graft import grafted, loses, origin_of
 from ._operation import Operation, check_unwrapped
 from ._result import Surgery
 from ._stateless import Impossible
 from ._where import Where
+
+_HERE = "_frozen_by_freeze"
 
 
 @torch.inference_mode(False)
@@ -23,9 +26,9 @@ def freeze(
     """Freeze the batch norms of a model: through `model.train()`, and until `unfreeze`.
 
     With `statistics` a layer becomes a `FrozenBatchNorm`, which normalizes with its running statistics in training too,
-    and never updates them. With `affine` its weight and bias need no gradient. Parameters, buffers, hooks and
-    `state_dict` keys stay as they are, and the model pickles. An optimizer of the model given works on: with
-    `inplace=True` as it is, else through `.rebind(optimizer)`.
+    and never updates them; one that is frozen already stays as it is, torchvision's too. With `affine` its weight and
+    bias need no gradient. Parameters, buffers, hooks and `state_dict` keys stay as they are, and the model pickles. An
+    optimizer of the model given works on: with `inplace=True` as it is, else through `.rebind(optimizer)`.
 
     Args:
         model: untouched, unless `inplace`. It may be a single batch norm.
@@ -48,12 +51,13 @@ def freeze(
         replace = replacement("frozen", {}, operation.model, None)
         for name, layer in selected(operation.model, where):
             done = []
-            if statistics and not isinstance(layer, FROZEN):
+            if statistics and not _is_frozen(layer):
                 try:
                     new = replace(layer)
                 except Impossible as reason:
                     skipped[name] = str(reason)
                     continue
+                vars(new)[_HERE] = True
                 operation.swap(layer, new)
                 layer, done = new, ["statistics"]
             if affine and _hold_affine(operation, layer):
@@ -68,8 +72,11 @@ def unfreeze(
 ) -> Surgery:
     """Undo `freeze`: each layer is again of the class it was, with its own momentum, mode and `requires_grad`.
 
-    A layer follows the model's mode if that has changed in between. One that was built frozen becomes a `BatchNorm1d`,
-    `2d` or `3d`, and its weight and bias need gradients.
+    A layer follows the model's mode if that has changed in between. One that `fuse` has put an activation into since
+    becomes a `BatchNorm1d`, `2d` or `3d`, which applies it.
+
+    Layers frozen otherwise stay so, unless `freeze` has frozen none of those that `where` means: then each becomes a
+    `BatchNorm1d`, `2d` or `3d`, and weight and bias of one that was built frozen need gradients.
 
     Args:
         model: untouched, unless `inplace`.
@@ -85,9 +92,14 @@ def unfreeze(
         check_unwrapped(model)
     changed, skipped = {}, {}
     with Operation(model, inplace=inplace) as operation:
-        for name, layer in selected(operation.model, where):
+        chosen = selected(operation.model, where)
+        undoes = any(_remembers(layer) for _, layer in chosen)
+        for name, layer in chosen:
+            if undoes and _is_frozen(layer) and not _remembers(layer):
+                skipped[name] = "was frozen before freeze: unfreeze once more"
+                continue
             done, built_frozen = [], _is_frozen(layer) and origin_of(layer) is None
-            if statistics and _is_frozen(layer):
+            if statistics and _is_frozen(layer) and (_HERE in vars(layer) or not undoes):
                 try:
                     new = _thawed(layer, operation.model)
                 except Impossible as reason:
@@ -101,17 +113,23 @@ def unfreeze(
     return operation.result(changed, skipped, None)
 
 
+def _remembers(layer: nn.Module) -> bool:
+    """Whether `freeze` has done something to it that has not been undone."""
+    return _HERE in vars(layer) or "_affine_before" in vars(layer)
+
+
 def _is_frozen(layer: nn.Module) -> bool:
-    return isinstance(layer, FROZEN) or type(layer).__name__.startswith("FrozenBatchNorm")
+    return isinstance(layer, FrozenBatchNorm) or type(layer).__name__.startswith("FrozenBatchNorm")
 
 
 def _thawed(layer: nn.Module, model: nn.Module) -> nn.Module:
     origin = origin_of(layer)
-    if origin is not None and not issubclass(origin.kind, FROZEN) and not origin.kind.__name__.startswith("Frozen"):
-        return grafted(layer, origin.kind, {}, model)  # pyright: ignore[reportArgumentType]
-    new = replacement("batch", {}, model, None)(layer)
-    vars(new).pop("_origin", None)
-    return new
+    is_frozen_kind = origin is not None and origin.kind.__name__.startswith("FrozenBatchNorm")
+    if origin is None or is_frozen_kind or loses(layer, origin.kind, activates_behind=False):
+        new = replacement("batch", {}, model, None)(layer)
+        vars(new).pop("_origin", None)
+        return new
+    return grafted(layer, origin.kind, {}, model)  # pyright: ignore[reportArgumentType]
 
 
 def _hold_affine(operation: Operation, layer: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -13,11 +14,12 @@ from .._modes import evaluating, training_flags_kept
 from ..graph import Forward, Record, record
 from ._fuse_block import rewritten
 from ._fuse_follow import Following, activation_of_module, following
-from ._fuse_verify import check_training, trained
+from ._graft import CARRIED
 from ._norms import is_known, is_ours, is_timms
 from ._operation import Operation, check_unwrapped
 from ._result import Surgery
 from ._verify import check, check_has_values, relative_error, run_changed, run_in_eval, tolerance_for
+from ._verify_training import check_training, trained
 from ._weighted import Refused, has_hooks
 from ._where import Where, selected
 
@@ -37,12 +39,13 @@ def fuse(
         y = activation(bn(x) + residual)
 
     The model runs once on `example`. Each batch norm of torch.nn or timm becomes the layer of `bnkit.nn` with the same
-    parameters, buffers and keys. An activation module that runs once, right behind it, goes into it, and an
-    `nn.Identity` takes its place. An addition or a functional or shared activation goes into it by rewriting the
-    forward of the module in which they stand, with torch.fx: that module becomes one of a subclass, with the same
-    attributes, methods, children and keys. What can't be rewritten stays, and `changed` says why.
+    parameters, buffers and keys. An activation module that runs once, right behind it, goes into it, and
+    `bnkit.nn.Fused`, an identity, takes its place. An addition or a functional or shared activation goes into it by
+    rewriting the forward of the module in which they stand, with torch.fx: that module becomes one of a subclass, with
+    the same attributes, methods, children and keys. What can't be rewritten stays, and `changed` says why.
 
-    Outputs, gradients and running statistics stay the same, in training and in eval mode.
+    Outputs, gradients and running statistics stay the same, in training and in eval mode. Both are compared; where the
+    model can't train on the example, a warning says so.
 
     Args:
         model: Any network.
@@ -71,6 +74,13 @@ def fuse(
         error = relative_error(run_changed(operation.model, example, forward, "fuse"), expected)
         check(error, tolerance_for(expected, tolerance), "fuse")
         check_training(operation.model, example, forward, expected_in_training)
+        if expected_in_training is None:
+            warnings.warn(
+                "fuse compared outputs in eval mode alone: a copy of the model does not run in training mode, in "
+                "float64, on the example. Give one that it trains on, with more than one value a channel, and with "
+                "targets for a detector.",
+                stacklevel=3,
+            )
         return operation.result(changed, skipped, error)
 
 
@@ -98,7 +108,7 @@ def _fuse_all(
     blocks: dict[nn.Module, dict[nn.Module, Following]] = {}
     for module, follows in plans.items():
         calls = facts.calls_of(module)
-        if follows.added is None and (follows.activated is None or _by_swap(operation, follows, facts)):
+        if follows.added is None and (follows.activated is None or _stands_alone(follows, facts)):
             changed[names[module]] = _swap(operation, module, follows)
         elif calls[0].parent is not None:
             blocks.setdefault(calls[0].parent.module, {})[module] = follows
@@ -149,16 +159,13 @@ def _one_norm_an_addition(plans: dict[nn.Module, Following], facts: Record) -> N
             last[added] = module
 
 
-def _by_swap(operation: Operation, follows: Following, facts: Record) -> bool:
-    """Replace the module that activates by an identity, if it is one and runs once."""
+def _stands_alone(follows: Following, facts: Record) -> bool:
+    """Whether what activates is a module that does nothing else, and runs once."""
     assert follows.activated is not None
     call = follows.activated.call
     if call is None or activation_of_module(call.module) is None or len(facts.calls_of(call.module)) > 1:
         return False
-    if has_hooks(call.module) or call.outputs != follows.activated.outputs:
-        return False
-    operation.swap(call.module, nn.Identity().train(call.module.training))
-    return True
+    return not has_hooks(call.module) and call.outputs == follows.activated.outputs
 
 
 def _rewrite(operation: Operation, block: nn.Module, wanted: dict[nn.Module, Following]) -> dict[nn.Module, str]:
@@ -171,18 +178,26 @@ def _rewrite(operation: Operation, block: nn.Module, wanted: dict[nn.Module, Fol
         if module in refused:
             texts[module] = f"{_swap(operation, module, Following())}; {_words(follows)} stays: {refused[module]}"
         else:
-            texts[module] = _swap(operation, module, follows)
+            texts[module] = _swap(operation, module, follows, rewritten=True)
     return texts
 
 
-def _swap(operation: Operation, module: Any, follows: Following) -> str:
-    """Put the fused layer in a batch norm's place."""
+def _swap(operation: Operation, module: Any, follows: Following, rewritten: bool = False) -> str:
+    """Put the fused layer in a batch norm's place and, unless the forward around it is rewritten, a placeholder in its
+    activation's.
+    """
+    layer = module
     if is_ours(module):
         operation.touch(module)
         module.activation = follows.activation
-        return f"{type(module).__name__}{_with(follows)}"
-    layer = _fused(module, follows.activation)
-    operation.swap(module, layer)
+    else:
+        layer = _fused(module, follows.activation)
+        operation.swap(module, layer)
+    if follows.added is not None:
+        vars(layer)["_adds"] = True
+    if follows.activated is not None and follows.activated.call is not None and not rewritten:
+        activation = follows.activated.call.module
+        operation.swap(activation, bnkit_nn.Fused(layer).train(activation.training))
     return f"{type(layer).__name__}{_with(follows)}"
 
 
@@ -196,6 +211,7 @@ def _fused(module: Any, activation: str | None) -> nn.Module:
     layer.affine, layer.track_running_stats = module.affine, module.track_running_stats
     for registry in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
         setattr(layer, registry, getattr(module, registry).copy())
+    vars(layer).update({name: vars(module)[name] for name in (*CARRIED, "_origin") if name in vars(module)})
     layer.training = module.training
     return layer
 

@@ -73,7 +73,8 @@ def _take_up(graph: fx.Graph, block: nn.Module, norm: nn.Module, follows: Follow
         last = _only_user(last)
         if _activation(last, block) != follows.activation:
             raise Refused("the activation is not in the forward around it")
-    with graph.inserting_before(last):
+    # Without a residual to wait for it stays where it was: what it reads may be written to behind it.
+    with graph.inserting_before(last if residual else norm_node):
         new = graph.call_module(str(norm_node.target), (norm_node.args[0], *residual))
     last.replace_all_uses_with(new)
     while last is not norm_node:

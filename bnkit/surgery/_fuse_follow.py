@@ -7,16 +7,10 @@ import dataclasses
 from torch import nn
 
 from ..graph import Call, Operator, Record, Value
+from ..nn import Fused, activation_name
+from ..ops import ACTIVATIONS, COMPOSED
 
-_MODULES: dict[type[nn.Module], str] = {
-    nn.ReLU: "relu",
-    nn.LeakyReLU: "leaky_relu",
-    nn.SiLU: "silu",
-    nn.GELU: "gelu",
-    nn.Hardswish: "hardswish",
-    nn.Sigmoid: "sigmoid",
-    nn.Tanh: "tanh",
-}
+_FUSED = ACTIVATIONS.keys() - COMPOSED  # the others are computed behind the layer all the same
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -60,15 +54,13 @@ def activation_of(operator: Operator) -> str | None:
         return None
     if name == "gelu" and operator.argument(1, "approximate", "none") != "none":
         return None
-    return name if name in _MODULES.values() else None
+    return name if name in _FUSED else None
 
 
 def activation_of_module(module: nn.Module) -> str | None:
     """The activation that a module computes and the fused layers know."""
-    name = _MODULES.get(type(module))
-    if getattr(module, "negative_slope", 0.01) != 0.01 or getattr(module, "approximate", "none") != "none":
-        return None
-    return name
+    name = activation_name(module)
+    return name if name in _FUSED else None
 
 
 def _only_reader(value: Value, call: Call | None, facts: Record) -> Operator | None:
@@ -76,8 +68,10 @@ def _only_reader(value: Value, call: Call | None, facts: Record) -> Operator | N
     if len(readers) != 1 or value.escapes:
         return None
     # A dropout that does nothing now hands its input on; it may do more in another mode.
-    handed_on = any(value in c.inputs and value in c.outputs and type(c.module) is not nn.Identity for c in facts.calls)
-    return None if handed_on else readers[0]
+    through = {type(c.module) for c in facts.calls if value in c.inputs and value in c.outputs}
+    if through - {nn.Identity, Fused} or any("dropout" in name for name in value.handed_on):
+        return None
+    return readers[0]
 
 
 def _residual(reader: Operator, value: Value, call: Call) -> Value | None:

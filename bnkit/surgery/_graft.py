@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 from typing import Any
 
 import torch
@@ -15,23 +14,14 @@ from .. import nn as layers
 from .._checks import UserError
 from ..ops import INVERTIBLE
 
-FROZEN = (layers.FrozenBatchNorm, layers.FrozenBatchNorm1d, layers.FrozenBatchNorm2d, layers.FrozenBatchNorm3d)
 OURS = layers.BatchNorm2d.__bases__[0]
 """What all batch norms of this package are."""
 
-CARRIED = ("_affine_before",)
-"""Attributes that stay with a layer whatever its class: what `freeze` remembers."""
+CARRIED = ("_affine_before", "_adds")
+"""Attributes that stay with a layer whatever its class: what `freeze` remembers, and that `fuse` has it add."""
 
 _SETTINGS = ("num_features", "eps", "momentum", "affine", "track_running_stats")
 _OPTIONS = ("skip_nonfinite", "process_group", "timeout")
-_ACTIVATIONS: dict[type[nn.Module], str | None] = {
-    nn.Identity: None,
-    nn.ReLU: "relu",
-    nn.SiLU: "silu",
-    nn.Hardswish: "hardswish",
-    nn.Sigmoid: "sigmoid",
-    nn.Tanh: "tanh",
-}
 
 
 @dataclasses.dataclass
@@ -80,20 +70,44 @@ def activation_of(layer: nn.Module) -> str | None:
     Raises:
         LookupError: that has none, or there is a dropout too.
     """
-    if isinstance(layer, OURS):
-        return vars(layer)["activation"]
-    names = [_name_of(child) for name, child in layer.named_children() if name in ("drop", "act")]
-    return next((name for name in names if name is not None), None)
+    return vars(layer)["activation"] if isinstance(layer, OURS) else _activation_of_children(layer)
 
 
-def _name_of(part: nn.Module) -> str | None:
-    if isinstance(part, nn.GELU) and part.approximate == "none":
-        return "gelu"
-    if isinstance(part, nn.LeakyReLU) and math.isclose(part.negative_slope, 0.01):
-        return "leaky_relu"
-    if type(part) in _ACTIVATIONS:
-        return _ACTIVATIONS[type(part)]
-    raise LookupError(type(part).__name__)
+def _activation_of_children(layer: nn.Module) -> str | None:
+    """That of timm's layers, which stay a layer's children whatever its class."""
+    parts = [child for name, child in layer.named_children() if name in ("drop", "act")]
+    parts = [part for part in parts if type(part) is not nn.Identity]
+    for part in parts:
+        if layers.activation_name(part) is None:
+            raise LookupError(type(part).__name__)
+    return layers.activation_name(parts[0]) if parts else None
+
+
+def loses(layer: nn.Module, kind: type[nn.Module], activates_behind: bool) -> str | None:
+    """What the layer does besides normalizing that a `kind` made of it would not, in words; None if nothing.
+
+    Args:
+        layer: a batch norm.
+        kind: what shall be made of it.
+        activates_behind: whether there is a place behind the layer for its activation.
+
+    Raises:
+        LookupError: see `activation_of`.
+    """
+    activation = activation_of(layer)
+    if issubclass(kind, OURS):
+        return None
+    if "_adds" in vars(layer):
+        return "adds a residual"
+    if is_again(layer, kind) and activation == _activation_of_children(layer):
+        return None
+    return None if activation is None or activates_behind else f"applies {activation}"
+
+
+def is_again(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether the layer was made of a `kind`, as which it comes back with all that it had."""
+    origin = origin_of(layer)
+    return origin is not None and origin.kind is kind
 
 
 def grafted(layer: nn.Module, kind: type[_BatchNorm], options: dict[str, Any], model: nn.Module) -> _BatchNorm:
@@ -108,16 +122,18 @@ def grafted(layer: nn.Module, kind: type[_BatchNorm], options: dict[str, Any], m
         model: that the layer is in.
     """
     origin = origin_of(layer)
-    returns = origin is not None and origin.kind is kind and not options
+    returns = is_again(layer, kind) and not options
     new = _blank(layer, kind, origin.attributes if returns and origin is not None else None, options)
     _move_state(layer, new)
     vars(new).update({name: vars(layer)[name] for name in CARRIED if name in vars(layer)})
     if not returns:
         vars(new)["_origin"] = Origin(type(layer), _own_attributes(layer), layer.training, model.training)
-    was_frozen = isinstance(layer, FROZEN) or not isinstance(layer, _BatchNorm)
-    new.training = _mode_now(layer, model) if was_frozen and not isinstance(new, FROZEN) else layer.training
-    if isinstance(new, FROZEN):
+    if isinstance(new, layers.FrozenBatchNorm):
         new.training = False
+    elif isinstance(layer, layers.FrozenBatchNorm) or not isinstance(layer, _BatchNorm):
+        new.training = _mode_now(layer, model)
+    else:
+        new.training = layer.training
     return new
 
 

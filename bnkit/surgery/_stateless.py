@@ -10,7 +10,9 @@ from torch import nn
 
 from .._modes import evaluating
 from ..graph import Forward, record
-from ._graft import OURS, activation_of, dimensions_of, origin_of, settings_of
+from . import _activating
+from ._activating import Activating
+from ._graft import OURS, activation_of, dimensions_of, settings_of
 
 
 class Impossible(Exception):
@@ -41,32 +43,25 @@ def places(layer: nn.Module, seen: set[int], dims: int | None, usual: int | None
     return min(seen)
 
 
-def check_activation(layer: nn.Module, activation: str | None, kind: type[nn.Module]) -> None:
-    """Raise `Impossible` if a `kind` made of the layer can't apply what that applies."""
-    if activation is not None and not issubclass(kind, OURS) and not is_again(layer, kind):
-        raise Impossible(f"applies {activation}, which {kind.__name__} can't")
+def without_statistics(layer: nn.Module, to: str, options: dict[str, Any], places: int, alone: bool) -> nn.Module:
+    """The norm `to` in the layer's place, of `places` dimensions if it is "instance".
 
-
-def is_again(layer: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether the layer was made of a `kind`, as which it comes back with all that it had."""
-    origin = origin_of(layer)
-    return origin is not None and origin.kind is kind
-
-
-def without_statistics(layer: nn.Module, to: str, options: dict[str, Any], places: int) -> nn.Module:
-    """The norm `to` in the layer's place, of `places` dimensions if it is "instance"."""
+    It activates and takes a residual as the layer does, unless it shall normalize `alone`.
+    """
     try:
         activation = activation_of(layer)
     except LookupError as error:
         raise Impossible(f"applies a {error} too") from None
     settings = settings_of(layer)
     channels, eps = settings["num_features"], settings["eps"]
+    classes: Any = _activating if not alone and (activation is not None or isinstance(layer, OURS)) else nn
     if to == "instance":
-        new: nn.Module = getattr(nn, f"InstanceNorm{places}d")(channels, eps, affine=True, device="meta")
+        new: nn.Module = getattr(classes, f"InstanceNorm{places}d")(channels, eps, affine=True, device="meta")
     else:
         groups = math.gcd(options.get("groups", 32), channels) if to == "group" else 1
-        new = nn.GroupNorm(groups, channels, eps, device="meta")
-    check_activation(layer, activation, type(new))
+        new = classes.GroupNorm(groups, channels, eps, device="meta")
+    if isinstance(new, Activating):
+        new.activation = activation
     for name in ("weight", "bias"):
         tensor = getattr(layer, name)
         parameter = tensor if tensor is None or isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, False)

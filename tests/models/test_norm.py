@@ -8,8 +8,9 @@ from torch.nn import functional as F
 import bnkit.nn
 from bnkit import models
 from bnkit._checks import UserError
-from bnkit.models._activation import _ACTIVATIONS, activation_layer
-from bnkit.models._norm import Fused, has_bias, norm_add, norm_and_activation, norm_layer, norm_layers
+from bnkit.models._activation import activation_layer
+from bnkit.models._norm import has_bias, norm_add, norm_and_activation, norm_layer, norm_layers
+from bnkit.nn import ACTIVATION_MODULES, Fused
 from bnkit.ops import ACTIVATIONS
 
 
@@ -71,7 +72,7 @@ def test_only_a_named_norm_gets_the_network_s_eps(name: str, eps: float) -> None
 
 
 def test_the_names_are_those_that_batch_norm_fuses() -> None:
-    assert set(_ACTIVATIONS) == set(ACTIVATIONS)
+    assert set(ACTIVATION_MODULES) == set(ACTIVATIONS)
     x = torch.linspace(-3, 3, 24).view(6, 4)
     for name in ACTIVATIONS:
         fused = bnkit.nn.BatchNorm1d(4, activation=name)

@@ -284,3 +284,33 @@ def test_what_stands_for_a_batch_norm_trains_as_that_did():
     assert needs_gradients(norm) == [False, True]
     assert needs_gradients(nn.BatchNorm2d(3, affine=False)) == [False, False]
     assert needs_gradients(torchvision.ops.FrozenBatchNorm2d(3)) == [False, False]
+
+
+def test_what_was_frozen_before_stays_so():
+    model = nn.Sequential(
+        nn.Conv2d(3, 3, 1),
+        bnkit.nn.FrozenBatchNorm2d(3),
+        torchvision.ops.FrozenBatchNorm2d(3),
+        nn.BatchNorm2d(3),
+    ).train()
+    model[3] = convert(model[3], "frozen").model
+    model.append(nn.BatchNorm2d(3))
+    frozen = freeze(model)
+    assert frozen.skipped == {"2": "is frozen already"}
+    assert [type(m) for m in frozen.model[:4]] == [type(m) for m in model[:4]]
+    thawed = unfreeze(frozen.model)
+    assert set(thawed.changed) == {"1", "3", "4"}
+    assert [type(m) for m in thawed.model] == [type(m) for m in model]
+    assert [p.requires_grad for p in thawed.model.parameters()] == [p.requires_grad for p in model.parameters()]
+    assert thawed.skipped == {"2": "was frozen before freeze: unfreeze once more"}
+    again = unfreeze(thawed.model).model
+    kinds = [bnkit.nn.BatchNorm2d, bnkit.nn.BatchNorm2d, nn.BatchNorm2d, nn.BatchNorm2d]
+    assert [type(m) for m in again[1:]] == kinds
+
+
+def test_every_frozen_layer_is_a_frozen_batch_norm():
+    for dims in (1, 2, 3):
+        layer = getattr(bnkit.nn, f"FrozenBatchNorm{dims}d")(3)
+        assert isinstance(layer, bnkit.nn.FrozenBatchNorm)
+        with pytest.raises(UserError, match=f"expected {'2D or 3D' if dims == 1 else f'{dims + 2}D'}"):
+            layer(torch.randn(2, *[3] * (1 + dims % 3 + 1)))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import bnkit
 from bnkit import UserError
 from bnkit.surgery import fuse
-from bnkit.surgery._fuse_verify import check_training, trained
+from bnkit.surgery._verify_training import check_training, trained
 
 
 def values(*shape: int) -> Tensor:
@@ -459,3 +459,44 @@ class Amplifier(nn.Module):
 def test_what_rounding_alone_does_to_training_is_no_reason_to_refuse():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), Amplifier(), nn.Conv2d(8, 2, 1))
     assert fuse(model, torch.randn(4, 3, 6, 6)).changed == {"1": "BatchNorm2d with relu"}
+
+
+class Dropping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.bn, self.act = nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Sigmoid()
+
+    def forward(self, x):
+        return self.act(F.dropout(self.bn(self.fc(x)), 0.5, self.training))
+
+
+def test_an_activation_behind_a_dropout_stays_behind_it():
+    model, one = Dropping(), torch.randn(1, 8)
+    with pytest.warns(UserWarning, match="in eval mode alone"):
+        result = fuse(model, one)  # of one value a channel, on which it can't train
+    assert result.changed == {"bn": "BatchNorm1d"}
+    assert type(result.model.act) is nn.Sigmoid
+    x = torch.randn(6, 8)
+    torch.manual_seed(0)
+    expected = model.train()(x)
+    torch.manual_seed(0)
+    torch.testing.assert_close(result.model.train()(x), expected)
+
+
+def test_a_norm_stays_ahead_of_a_write_to_its_input():
+    class Writes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            h = self.conv(x).sigmoid()
+            y = self.bn(h)
+            h.mul_(2)
+            return F.relu(y) + h
+
+    model, x = Writes().eval(), torch.randn(2, 3, 4, 4)
+    with pytest.warns(UserWarning, match="in eval mode alone"):
+        result = fuse(model, x)  # whose own backward pass fails: the batch norm has saved its input
+    assert result.changed == {"bn": "BatchNorm2d with relu"}
+    torch.testing.assert_close(result.model(x), model(x))

@@ -46,7 +46,9 @@ def trained(model: nn.Module, example: Any, forward: Forward | None, nudge: floa
     return found | buffers
 
 
-def check_training(model: nn.Module, example: Any, forward: Forward | None, expected: dict[str, Tensor] | None) -> None:
+def check_training(
+    model: nn.Module, example: Any, forward: Forward | None, expected: dict[str, Tensor] | None, verb: str = "fuse"
+) -> None:
     """Refuse a model that trains in another way than expected.
 
     Raises:
@@ -56,16 +58,18 @@ def check_training(model: nn.Module, example: Any, forward: Forward | None, expe
         return
     found = trained(model, example, forward)
     if found is None:
-        raise UserError(f"fuse must leave training as it was, but the model can no longer be copied or run; {_REMEDY}")
+        raise UserError(
+            f"{verb} must leave training as it was, but the model can no longer be copied or run; {_REMEDY}"
+        )
     if new := found.keys() - expected.keys():
-        raise UserError(f"fuse must leave training as it was, but the model has a {min(new)} now; {_REMEDY}")
+        raise UserError(f"{verb} must leave training as it was, but the model has a {min(new)} now; {_REMEDY}")
     errors = _errors(found, expected)
     if all(error <= _TOLERANCE for error in errors.values()):
         return
     limits = _rounding(model, example, forward, found)
     for name, error in errors.items():
         if not error <= max(_TOLERANCE, _MARGIN * limits.get(_kind(name, expected[name]), 0.0)):
-            raise UserError(f"fuse must leave training as it was, but the {name} differs by {error:.1e}; {_REMEDY}")
+            raise UserError(f"{verb} must leave training as it was, but the {name} differs by {error:.1e}; {_REMEDY}")
 
 
 def _errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
