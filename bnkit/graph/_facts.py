@@ -16,6 +16,7 @@ class Value:
 
     Attributes:
         shape, dtype: of the tensor.
+        memory: stands for the memory in which it lies: views, and what is written in place, have one in common.
         maker: the operation whose result it is; None for inputs, parameters, buffers and constants.
         name: of the parameter or buffer it is; None for others.
         readers: the operations that took it as an argument, in the order they ran.
@@ -27,6 +28,7 @@ class Value:
     shape: torch.Size
     dtype: torch.dtype
     maker: Operator | None = None
+    memory: object = dataclasses.field(default_factory=object)
     name: str | None = None
     readers: list[Operator] = dataclasses.field(default_factory=list)
     handed_on: list[str] = dataclasses.field(default_factory=list)
@@ -74,6 +76,7 @@ class Operator:
         arguments: positional and keyword arguments, with a `Value` for each tensor.
         inputs, outputs: the values among arguments and results. A tensor written in place is an input by its old
             value and an output by its new one.
+        writes: the `memory` of each tensor that it wrote in place.
         call: the innermost module call it belongs to; None if it ran outside of all.
         index: its place in the order of operations.
     """
@@ -83,6 +86,7 @@ class Operator:
     arguments: tuple[tuple[Any, ...], dict[str, Any]]
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
+    writes: frozenset[object]
     call: Call | None
     index: int
 

@@ -77,6 +77,7 @@ class Tape:
         inputs = [self.value(tensor) for tensor in _read(function, given)]
         versions = [_version(tensor) for tensor in given]
         arguments = self._with_values((args, kwargs))
+        memories = {_storage(tensor): self.value(tensor).memory for tensor in given}
         self.quiet = True
         try:
             result = function(*args, **kwargs)
@@ -89,26 +90,29 @@ class Tape:
             for value in inputs if results else ():
                 value.handed_on.append(_name(function))
             return result  # its input as it was, or something about it that is not its content
-        self._write_down(function, arguments, inputs, new)
+        operator = self._write_down(function, arguments, inputs)
+        operator.writes = frozenset(memories.get(_storage(tensor)) for tensor in written)
+        for tensor in new:
+            if not self._knows(tensor):  # a result that is also an argument comes twice
+                memory = memories.setdefault(_storage(tensor), object())
+                self._hold(tensor, Value(tensor.shape, tensor.dtype, operator, memory))
+        operator.outputs = tuple(dict.fromkeys(map(self.value, new)))
         return result
 
-    def _write_down(
-        self, function: Callable[..., Any], arguments: Any, inputs: list[Value], changed: list[Tensor]
-    ) -> None:
-        call = self._stack[-1] if self._stack else None
-        operator = Operator(function, _name(function), arguments, tuple(inputs), (), call, len(self.operators))
+    def _write_down(self, function: Callable[..., Any], arguments: Any, inputs: list[Value]) -> Operator:
+        call, index = self._stack[-1] if self._stack else None, len(self.operators)
+        operator = Operator(function, _name(function), arguments, tuple(inputs), (), frozenset(), call, index)
         self.operators.append(operator)
         for value in dict.fromkeys(inputs):
             value.readers.append(operator)
-        for tensor in changed:
-            if not self._knows(tensor):  # a result that is also an argument comes twice
-                self._hold(tensor, Value(tensor.shape, tensor.dtype, operator))
-        operator.outputs = tuple(dict.fromkeys(self.value(tensor) for tensor in changed))
+        return operator
 
     def value(self, tensor: Tensor) -> Value:
         """What the tensor holds now."""
         if not self._knows(tensor):  # from outside, or written through another tensor with the same memory
-            self._hold(tensor, Value(tensor.shape, tensor.dtype))
+            before = self._values.get(tensor)
+            memory = before[0].memory if before else object()
+            self._hold(tensor, Value(tensor.shape, tensor.dtype, memory=memory))
         return self._values[tensor][0]
 
     def finish(self, output: Any) -> None:
@@ -139,6 +143,14 @@ class Tape:
 
 def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
+
+
+def _storage(tensor: Tensor) -> int:
+    """A number that living tensors share if they lie in one memory."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except RuntimeError:  # a sparse tensor has none
+        return id(tensor)
 
 
 def _name(function: Callable[..., Any]) -> str:

@@ -50,9 +50,10 @@ def fold(
 
     What is folded is the model in eval mode, whatever mode it is in, and the result is in eval mode. Left alone, with
     the reason in `skipped`: a batch norm or layer that runs more than once, whose weight is shared, computed
-    (weight norm) or watched by hooks; an input that something else reads too; batch statistics; a linear layer
-    whose features lie in another dimension than the batch norm's channels; and where zero padding would make it
-    inexact at the border. Only what `example` reaches is seen: of a model with control flow, fold what all paths share.
+    (weight norm) or watched by hooks; an input that something else reads too, or overwrites before the output is
+    read; batch statistics; a linear layer whose features lie in another dimension than the batch norm's channels;
+    and where zero padding would make it inexact at the border. Only what `example` reaches is seen: of a model with
+    control flow, fold what all paths share.
 
     Args:
         model: Any network.

@@ -148,6 +148,7 @@ class Planner:
         return _one_each(steps)
 
     def _into_reader(self, value: Value, affine: Affine, reader: Operator, alone: bool, maker: Call) -> list[Step]:
+        self._check_unwritten(value, reader, maker)
         if is_weighted(reader) and reader.argument(0, "input") is value:
             return self._into_reading_weighted(value, affine, reader, alone, maker)
         axis = affine.axis if own_pad(reader) else axis_after(reader, affine.axis)
@@ -158,6 +159,18 @@ class Planner:
             raise Refused(f"its output goes to {reader.name}")
         wide = Affine(affine.scale.repeat_interleave(copies), affine.shift.repeat_interleave(copies))
         return self.into_readers(reader.outputs[0], wide, maker)
+
+    def _check_unwritten(self, value: Value, reader: Operator, maker: Call) -> None:
+        """Refuse where the reader would find other values or another shape, were `value` in the memory of the input."""
+        source, result = maker.inputs[0], maker.outputs[0]
+        if value.memory is not result.memory:  # a copy, which stays one
+            return
+        if value.memory in reader.writes:
+            raise Refused(f"its output is changed in place by {reader.name}")
+        start = result.maker.index if result.maker is not None else 0
+        for operator in self.record.operators[start : reader.index]:
+            if source.memory in operator.writes:
+                raise Refused(f"its input is overwritten by {operator.name} before {reader.name} reads its output")
 
     def _into_reading_weighted(
         self, value: Value, affine: Affine, reader: Operator, alone: bool, maker: Call
@@ -187,6 +200,8 @@ class Planner:
 
 
 def _check_only_reader(value: Value, reader: Call | Operator) -> None:
+    if isinstance(reader, Call) and reader.inputs.count(value) > 1:
+        raise Refused("its input is also its residual")
     if value.returned:
         raise Refused("its input is also an output of the model")
     if value.kept:

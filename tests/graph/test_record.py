@@ -228,3 +228,27 @@ def test_tensors_in_keeps_an_order():
     a, b, c = torch.ones(1), torch.ones(2), torch.ones(3)
     found = list(tensors_in({"x": [a, (b, None, "text")], "y": c}))
     assert all(first is second for first, second in zip(found, (a, b, c), strict=True))
+
+
+@pytest.mark.parametrize(("write", "views"), [
+    (lambda y: y.add_(1), []),
+    (lambda y: y.flatten(1).add_(1), ["flatten"]),
+    (lambda y: y.data.add_(1), ["data"]),
+    (lambda y: y.detach()[:, 0].zero_(), ["detach", "getitem"]),
+], ids=["itself", "view", "data", "detached"])  # fmt: skip
+def test_writes_in_place_are_known_by_the_memory_they_change(write, views):
+    _, facts = recorded(lambda m, x: ((y := m.conv(x)), m.bn(y), write(y))[1])
+    conv, norm, *between, writer = facts.operators
+    memory = conv.outputs[0].memory
+    assert [operator.name for operator in between] == views
+    assert all(operator.outputs[0].memory is memory for operator in (*between, writer))
+    assert writer.writes == {memory}
+    assert not any(operator.writes for operator in (conv, norm, *between))
+    assert norm.outputs[0].memory is not memory
+
+
+def test_what_is_written_through_another_tensor_stays_in_its_memory():
+    _, facts = recorded(lambda m, x: ((y := m.conv(x)), y.flatten(1).add_(1), F.relu(y))[2])
+    conv, *_, relu = facts.operators
+    assert relu.inputs[0] is not conv.outputs[0]
+    assert relu.inputs[0].memory is conv.outputs[0].memory
