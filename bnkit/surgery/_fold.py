@@ -58,7 +58,8 @@ def fold(
     Args:
         model: Any network.
         example: An input: a tensor, a tuple of positional arguments, a dict of keyword arguments, or a batch.
-        data: Batches on which to verify the result as well, or one tensor.
+        data: Batches on which to verify the result as well, as from a `DataLoader`: tensors, (input, label) pairs or
+            dicts of arguments; or one tensor.
         where: Which batch norms: names, shell patterns, types, or a predicate `(name, module) -> bool`; all if None.
         padding: Before a convolution that pads with zeros, `"refuse"` to fold, or `"exact"`: pad with the value that
             the batch norm would have made zero, in the batch norm's place.
@@ -67,7 +68,7 @@ def fold(
         tolerance: Largest relative difference of outputs; None for 1e-4 in float32, 1e-9 in float64, 1e-2 in float16,
             5e-2 in bfloat16.
         inplace: Change `model` itself instead of a copy.
-        forward: `forward(model, example)` runs the model in another way.
+        forward: `forward(model, example)` runs the model in another way, on each batch of `data` too.
 
     Returns:
         The folded model in `.model`, what was folded into what in `.changed`.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .._checks import UserError
 from .._modes import buffers_kept, evaluating
-from ..graph import Forward, apart, apply, tensors_in
+from ..graph import Forward, apart, apply, feed, tensors_in
 from ._operation import check_initialized
 
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -126,8 +126,7 @@ def check(error: float, tolerance: float, verb: str) -> None:
 
 
 def largest_error(model: nn.Module, original: nn.Module, batches: Iterable[Any], forward: Forward | None) -> float:
-    """`relative_error` of two models over batches, in eval mode."""
-    errors = (
-        relative_error(run_in_eval(model, batch, forward), run_in_eval(original, batch, forward)) for batch in batches
-    )
+    """`relative_error` of two models over batches of a data loader, in eval mode."""
+    fed = forward or feed
+    errors = (relative_error(run_in_eval(model, batch, fed), run_in_eval(original, batch, fed)) for batch in batches)
     return max(errors, default=0.0)

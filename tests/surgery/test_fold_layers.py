@@ -221,3 +221,38 @@ def test_what_remains_trains_as_the_norm_did(trainable):
     result = fold(model.requires_grad_(trainable), values(2, 4, 3, 3), rest="affine")
     assert list(result.changed) == ["2"]
     assert [p.requires_grad for p in result.model[2].parameters()] == [trainable] * 2
+
+
+class Masked(nn.Module):
+    """Takes one tensor or two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.bn = nn.Linear(4, 4), nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        y = self.bn(self.fc(x))
+        return y if mask is None else y * mask[:, None]
+
+
+@pytest.mark.parametrize("kind", [tuple, list, lambda pair: {"x": pair[0]}], ids=["tuple", "list", "dict"])
+def test_batches_of_data_are_fed_as_a_loader_gives_them(kind):
+    model, x = settled(Masked()), values(5, 4)
+    labels_of_another_kind = ["a", "b", "c", "d", "e"]
+    result = fold(model, x, data=[kind((x + 1, labels_of_another_kind))])
+    assert result.changed == {"bn": "folded into fc"}
+    assert result.max_error < 1e-12
+
+
+def test_an_example_that_is_a_tuple_is_the_arguments_and_data_is_fed_by_the_given_forward():
+    model, pair = settled(Masked()), (values(5, 4), torch.full((5,), torch.nan, dtype=torch.float64))
+    fed: list[Any] = []
+
+    def forward(model: nn.Module, batch: Any) -> Tensor:
+        fed.append(batch)
+        return model(*batch)
+
+    assert fold(model, pair).changed
+    assert not fed
+    assert fold(model, pair, data=[pair], forward=forward).changed
+    assert len(fed) == 4  # recorded, folded, and both networks on the batch
