@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
@@ -46,7 +46,8 @@ def fold(
     convolution of any dimension, transposed or grouped, a linear layer, another batch norm, each part of a
     concatenation or sum; or else into all convolutions and linear layers that read its output. In its place stands
     an `nn.Identity`, or what else it did: its activation, its addition of a residual. Other keys of the `state_dict`
-    stay; layers without a bias get one. The arithmetic is done in float64 and stored in the weight's type.
+    stay; layers without a bias get one. The arithmetic is done in float64 and stored in the weight's type. What is
+    refused is tried again once others are gone, on a record of what came out, until nothing changes.
 
     What is folded is the model in eval mode, whatever mode it is in, and the result is in eval mode. Left alone, with
     the reason in `skipped`: a batch norm or layer that runs more than once, whose weight is shared, computed
@@ -83,10 +84,13 @@ def fold(
     check_unwrapped(model)
     check_has_values(model)
     with Operation(model, inplace=inplace) as operation:
-        with evaluating(operation.model):
-            facts = record(operation.model, example, forward)
+        facts = _recorded(operation, example, forward)
         wanted = selected(where, facts.names, is_batch_norm)
-        changed, skipped = _fold_all(operation, facts, wanted, padding == "exact", rest == "affine")
+        changed, skipped, last = _fold_all(
+            operation, facts, wanted, padding == "exact", lambda: _recorded(operation, example, forward)
+        )
+        if rest == "affine":
+            _make_rest_affine(operation, last, wanted, changed, skipped)
         skipped |= _functional(facts) if where is None else {}
         error = relative_error(run_changed(operation.model, example, forward, "fold"), facts.output)
         if data is not None:
@@ -95,6 +99,11 @@ def fold(
         check(error, tolerance_for(facts.output, tolerance), "fold")
         operation.model.eval()
         return operation.result(changed, skipped, error)
+
+
+def _recorded(operation: Operation, example: Any, forward: Forward | None) -> Record:
+    with evaluating(operation.model):
+        return record(operation.model, example, forward)
 
 
 def _to_compare(model: nn.Module) -> nn.Module:
@@ -119,7 +128,28 @@ def _functional(facts: Record) -> dict[str, str]:
 
 
 def _fold_all(
-    operation: Operation, facts: Record, wanted: dict[nn.Module, str], pad: bool, affine: bool
+    operation: Operation, facts: Record, wanted: dict[nn.Module, str], pad: bool, record_again: Callable[[], Record]
+) -> tuple[dict[str, str], dict[str, str], Record]:
+    """Fold what can be, and what was refused once more when others are gone, until nothing changes.
+
+    Returns:
+        what was changed, what was skipped, and the record on which that was decided.
+    """
+    changed: dict[str, str] = {}
+    while True:
+        newly, skipped = _fold_once(operation, facts, wanted, pad)
+        changed |= newly
+        wanted = {module: name for module, name in wanted.items() if name in skipped}
+        if not newly or not wanted:
+            return changed, skipped, facts
+        try:
+            facts = record_again()
+        except Exception:  # it no longer runs, as the comparison of outputs will tell
+            return changed, skipped, facts
+
+
+def _fold_once(
+    operation: Operation, facts: Record, wanted: dict[nn.Module, str], pad: bool
 ) -> tuple[dict[str, str], dict[str, str]]:
     changed, skipped = {}, {}
     eligible: dict[nn.Module, Call] = {}
@@ -135,12 +165,20 @@ def _fold_all(
             changed[wanted[module]] = _fold_one(operation, planner, call)
         except Refused as refusal:
             skipped[wanted[module]] = str(refusal)
-    if affine:
-        for module, name in wanted.items():
-            if name in skipped and module in eligible:
-                _make_affine(operation, eligible[module])
-                changed[name] = f"made affine: {skipped.pop(name)}"
     return changed, skipped
+
+
+def _make_rest_affine(
+    operation: Operation, facts: Record, wanted: dict[nn.Module, str], changed: dict[str, str], skipped: dict[str, str]
+) -> None:
+    for module, name in wanted.items():
+        if name not in skipped:
+            continue
+        try:
+            _make_affine(operation, _only_call(module, facts))
+        except Refused:
+            continue
+        changed[name] = f"made affine: {skipped.pop(name)}"
 
 
 def _only_call(module: nn.Module, facts: Record) -> Call:

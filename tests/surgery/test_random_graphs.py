@@ -125,6 +125,7 @@ def test_fold(seed, padding):
     assert_same(model, before)
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     assert len(result.changed) + len(result.skipped) == len(norms)
+    assert not fold(result.model, values(2, 8), padding=padding, forward=example, tolerance=1e-7).changed
 
 
 @pytest.mark.parametrize("seed", seeds(60, 1500))
