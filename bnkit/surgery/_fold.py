@@ -65,7 +65,8 @@ def fold(
         padding: Before a convolution that pads with zeros, `"refuse"` to fold, or `"exact"`: pad with the value that
             the batch norm would have made zero, in the batch norm's place.
         rest: What becomes of a batch norm that can't be folded: `"keep"` it, or make it `"affine"`, one
-            multiplication and one addition a channel.
+            multiplication and one addition a channel, if it runs several times too. It stays if it did not run,
+            has hooks, a forward of its own, shared or otherwise used tensors, or batch statistics.
         tolerance: Largest relative difference of outputs; None for 1e-4 in float32, 1e-9 in float64, 1e-2 in float16,
             5e-2 in bfloat16.
         inplace: Change `model` itself instead of a copy.
@@ -175,9 +176,10 @@ def _make_rest_affine(
         if name not in skipped:
             continue
         try:
-            _make_affine(operation, _only_call(module, facts))
+            calls = _calls(module, facts)
         except Refused:
             continue
+        _make_affine(operation, module, adds=any(len(call.inputs) > 1 for call in calls))
         changed[name] = f"made affine: {skipped.pop(name)}"
 
 
@@ -187,30 +189,44 @@ def _only_call(module: nn.Module, facts: Record) -> Call:
     Raises:
         Refused: it doesn't.
     """
-    calls = facts.calls_of(module)
+    calls = _calls(module, facts)
     if len(calls) != 1:
-        raise Refused(f"it runs {len(calls)} times" if calls else "it did not run on the example")
-    call = calls[0]
-    if not uses_running_statistics(module, call.training):
+        raise Refused(f"it runs {len(calls)} times")
+    if len(calls[0].inputs) > 1 > len(calls[0].arguments[0]):  # which of them is the residual?
+        raise Refused("it is called in an unusual way")
+    return calls[0]
+
+
+def _calls(module: nn.Module, facts: Record) -> list[Call]:
+    """The runs of a batch norm that in each computes scale · x + shift, and what `remainder_of` tells.
+
+    Raises:
+        Refused: it does something else, or something else uses its tensors.
+    """
+    calls = facts.calls_of(module)
+    if not calls:
+        raise Refused("it did not run on the example")
+    if not all(uses_running_statistics(module, call.training) for call in calls):
         raise Refused("it normalizes by the batch's statistics in eval mode too")
     if not is_known(module):
         raise Refused(f"{type(module).__name__} has a forward of its own")
     if has_hooks(module):
         raise Refused("it has hooks, which would be lost")
-    by_name = len(call.inputs) > 1 > len(call.arguments[0])  # which of them is the residual?
-    if len(call.outputs) != 1 or call.outputs[0] in call.inputs or len(call.inputs[0].shape) < 2 or by_name:
-        raise Refused("it is called in an unusual way")
-    _check_own_tensors(module, call, facts)
-    return call
+    for call in calls:
+        if len(call.outputs) != 1 or call.outputs[0] in call.inputs or len(call.inputs[0].shape) < 2:
+            raise Refused("it is called in an unusual way")
+    _check_own_tensors(module, calls, facts)
+    return calls
 
 
-def _check_own_tensors(module: nn.Module, call: Call, facts: Record) -> None:
+def _check_own_tensors(module: nn.Module, calls: list[Call], facts: Record) -> None:
     name = facts.names[module][0]
     for key in (*module._parameters, *module._buffers):
         full = f"{name}.{key}" if name else key
         if full in facts.tied:
             raise Refused(f"its {key} shares memory with {facts.tied[full]}")
-        if full in facts.held and not all(map(call.contains, facts.held[full].readers)):
+        readers = facts.held[full].readers if full in facts.held else ()
+        if not all(any(call.contains(reader) for call in calls) for reader in readers):
             raise Refused(f"its {key} is used outside of it too")
 
 
@@ -242,14 +258,14 @@ def _put(operation: Operation, old: nn.Module, new: nn.Module) -> None:
     operation.swap(old, new)
 
 
-def _make_affine(operation: Operation, call: Call) -> None:
-    scale, shift = affine_of(call.module)
-    mean: Tensor = call.module.running_mean  # pyright: ignore[reportAssignmentType]
-    affine = ChannelAffine(scale.to(mean.dtype), shift.to(mean.dtype), like=call.module)
-    remainder = remainder_of(call.module, adds=len(call.inputs) > 1)
+def _make_affine(operation: Operation, module: nn.Module, adds: bool) -> None:
+    scale, shift = affine_of(module)
+    mean: Tensor = module.running_mean  # pyright: ignore[reportAssignmentType]
+    affine = ChannelAffine(scale.to(mean.dtype), shift.to(mean.dtype), like=module)
+    remainder = remainder_of(module, adds)
     if isinstance(remainder, AddAndActivate):
         affine.activation = remainder.activation
     elif not isinstance(remainder, nn.Identity):
-        _put(operation, call.module, nn.Sequential(OrderedDict([("affine", affine), *remainder.named_children()])))
+        _put(operation, module, nn.Sequential(OrderedDict([("affine", affine), *remainder.named_children()])))
         return
-    _put(operation, call.module, affine)
+    _put(operation, module, affine)
