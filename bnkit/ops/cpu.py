@@ -14,20 +14,15 @@ it; `BNKIT_CPU_LIBRARY` names another build of the library. Both are read once.
 
 from __future__ import annotations
 
-import ctypes
-import os
-import struct
-import sys
 from collections.abc import Sequence
-from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ._cpu_library import library as _library
+from ._cpu_library import pack_backward, pack_forward
 from ._transforms import is_stored
 
-_FILE = "_bnkit_cpu.so"
 _NO_MEMORY = "no memory for the partial sums of a batch norm"
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 _ACTIVATIONS = {
@@ -40,10 +35,6 @@ _ACTIVATIONS = {
     "sigmoid": 6,
     "tanh": 7,
 }
-# bnkit_forward and bnkit_backward of csrc/batch_norm.h. As arguments of their own ctypes would convert values one by
-# one, which takes half as long as the arithmetic of a small batch.
-_pack_forward = struct.Struct("3q3i??10P2d").pack
-_pack_backward = struct.Struct("3q3i??12P").pack
 _SHORTEST_PLANE = 16  # in_rows of csrc/batch_norm.h
 _MASK_PADDING = 2  # bytes that may be read after a mask's last: bits_at of csrc/mask.h
 
@@ -108,7 +99,7 @@ def forward(
     library = _library()
     assert library is not None
     done = library.bnkit_batch_norm_forward(
-        _pack_forward(
+        pack_forward(
             outer,
             channels,
             inner,
@@ -167,7 +158,7 @@ def backward(
     library = _library()
     assert library is not None
     done = library.bnkit_batch_norm_backward(
-        _pack_backward(
+        pack_backward(
             outer,
             channels,
             inner,
@@ -280,31 +271,3 @@ def _copy_back(updated: Tensor | None, original: Tensor | None) -> None:
 
 def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
-
-
-@cache
-def _library() -> ctypes.CDLL | None:
-    """The library, if it is installed. Its OpenMP is torch's, which `import torch` above has loaded."""
-    for path in _candidates():
-        try:
-            return _declared(ctypes.CDLL(str(path)))
-        except OSError:
-            continue
-    return None
-
-
-def _candidates() -> list[Path]:
-    if named := os.environ.get("BNKIT_CPU_LIBRARY"):
-        return [Path(named)]
-    # In an editable install the package lies in two folders, its sources and what was built from them.
-    return [Path(folder) / _FILE for folder in sys.modules[__name__.rpartition(".")[0]].__path__]
-
-
-def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
-    integer, long, pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
-    library.bnkit_batch_norm_forward.argtypes = [ctypes.c_char_p]
-    library.bnkit_batch_norm_backward.argtypes = [ctypes.c_char_p]
-    library.bnkit_transpose.argtypes = [integer, integer, long, long, long, pointer, pointer]
-    library.bnkit_transpose.restype = None
-    library.bnkit_instruction_set.restype = ctypes.c_char_p
-    return library

@@ -17,7 +17,7 @@ from oracle import Case
 from torch import Tensor
 
 from bnkit import functional
-from bnkit.ops import cpu, dispatch, reference
+from bnkit.ops import _cpu_library, cpu, dispatch, reference
 
 needs_kernels = pytest.mark.skipif(not cpu.available(), reason="installed without the C kernels")
 
@@ -45,7 +45,7 @@ def load(instruction_set: str) -> ctypes.CDLL:
     try:
         with tempfile.TemporaryDirectory() as folder:
             copy = shutil.copy(loaded._name, Path(folder) / f"{instruction_set}.so")
-            return cpu._declared(ctypes.CDLL(str(copy)))
+            return _cpu_library.load(Path(copy))
     finally:
         del os.environ["BNKIT_CPU"]
         if before is not None:

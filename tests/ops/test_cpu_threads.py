@@ -25,7 +25,7 @@ from _cases import (  # noqa: F401
 )
 from oracle import make_case
 
-from bnkit.ops import cpu
+from bnkit.ops import _cpu_library, cpu
 
 pytestmark = [needs_kernels, pytest.mark.usefixtures("poisoned", "only_kernels", "threads_kept")]
 
@@ -116,7 +116,7 @@ def test_other_python_threads_run_meanwhile():
     library = cpu._library()
     assert library is not None
     pointers = (x.data_ptr(), *[0] * 5, mean.data_ptr(), invstd.data_ptr(), y.data_ptr(), 0)
-    packed = cpu._pack_forward(64, 64, 56 * 56, 0, 0, 1, True, False, *pointers, 0.1, 1e-5)
+    packed = _cpu_library.pack_forward(64, 64, 56 * 56, 0, 0, 1, True, False, *pointers, 0.1, 1e-5)
     inside, seen, stop = [False], [False], [False]
 
     def call() -> None:

@@ -23,7 +23,7 @@ enum bnkit_activation {
 };
 
 /* "real" below: double for float64, else float. "elem": the activations' type. The caller fills in all but `stream`, and
- * packs these two in this order: cpu.py. */
+ * packs these two in this order: _cpu_library.py, bnkit_interface. */
 typedef struct {
     int64_t outer, channels, inner;
     int dtype, activation;

@@ -1,4 +1,4 @@
-/* The library's four functions: choose the instruction set and the number of threads, then run the kernels. */
+/* The library's five functions: choose the instruction set and the number of threads, then run the kernels. */
 #include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
@@ -107,6 +107,10 @@ static bool same_alignment(const void *a, const void *b)
 {
     return !a || !b || ((uintptr_t)a - (uintptr_t)b) % 64 == 0;
 }
+
+/* What the arguments are packed as (Python's struct): a library of other sources would misread them. The number counts
+ * changes of meaning alone. */
+EXPORT const char *bnkit_interface(void) { return "1 3q3i??10P2d 3q3i??12P"; }
 
 EXPORT const char *bnkit_instruction_set(void) { return chosen.name; }
 
