@@ -144,6 +144,10 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """dx, dresidual, dweight, dbias, as far as needed: see `dispatch.Backend`."""
     mask = kept if kept is not None and kept.dtype is torch.uint8 else None
+    if x.dtype is not dy.dtype:  # hooks have changed the type of what was saved
+        x = x.to(dy.dtype)
+    if mean.dtype is not torch.float64 or invstd.dtype is not torch.float64:
+        mean, invstd = mean.double(), invstd.double()
     x, outer, channels, inner = _laid_out(x)
     if mask is not None and x.is_contiguous() != (mask.dim() == 1):  # hooks have reordered what was saved
         x, outer, channels, inner = _laid_out(_reordered(x))
@@ -221,7 +225,9 @@ def _laid_out(x: Tensor) -> tuple[Tensor, int, int, int]:
 
 
 def _like(tensor: Tensor, x: Tensor) -> Tensor:
-    """The tensor in the order of x, which is one of the two that the kernels read."""
+    """The tensor in the type and the order of x, which is one of the two that the kernels read."""
+    if tensor.dtype is not x.dtype:
+        tensor = tensor.to(x.dtype)
     if tensor.stride() == x.stride():
         return tensor
     # Strides of dimensions of size 1 tell nothing.
@@ -229,7 +235,7 @@ def _like(tensor: Tensor, x: Tensor) -> Tensor:
     if is_contiguous if x.is_contiguous() else is_rows:
         return tensor
     found = torch.empty_like(x)
-    if tensor.dtype is x.dtype and (is_contiguous or is_rows):
+    if is_contiguous or is_rows:
         return _transposed(tensor, found, to_rows=is_contiguous)
     return found.copy_(tensor)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
+from .._checks import UserError
 from . import dispatch
 from ._backend import Backend, Gradients
 from ._transforms import transforms_active
@@ -79,6 +80,9 @@ def _batch_norm_forward(
     residual: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     backend = _backend_for(x, (running_mean, running_var, weight, bias), residual)
+    _check_channels(x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
+    _check_shapes(x, residual=residual)
+    _check_statistics(running_mean, running_var, training)
     x = _laid_out(x)
     y, mean, invstd, _ = backend.forward(
         x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual, False
@@ -99,9 +103,12 @@ def _batch_norm_backward(
     residual: Tensor | None,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    backend = _backend_for(x, (weight, bias), residual)
+    backend = _backend_for(x, (mean, invstd, weight, bias), residual)
+    _check_channels(x, mean=mean, invstd=invstd, weight=weight, bias=bias)
+    _check_shapes(x, dy=dy, residual=residual)
     needed = (needs[0], needs[1], needs[2], needs[3])
-    found = backend.backward(dy, _laid_out(x), mean, invstd, weight, bias, training, activation, residual, needed)
+    dy, x = dy.to(x), _laid_out(x)
+    found = backend.backward(dy, x, mean, invstd, weight, bias, training, activation, residual, needed)
     return [gradient for gradient in found if gradient is not None]
 
 
@@ -144,6 +151,27 @@ def _backend_for(x: Tensor, parameters: Sequence[Tensor | None], residual: Tenso
             "call bnkit.functional.batch_norm, which falls back to PyTorch's operators."
         )
     return backend
+
+
+def _check_channels(x: Tensor, **parameters: Tensor | None) -> None:
+    """Kernels take pointers: past the end of a shorter tensor they would read, or write."""
+    for name, tensor in parameters.items():
+        if tensor is not None and tensor.numel() != x.shape[1]:
+            raise UserError(
+                f"{name} must have a value for each of the {x.shape[1]} channels of x, got {tensor.numel()}: "
+                f"pass one of the shape ({x.shape[1]},)."
+            )
+
+
+def _check_shapes(x: Tensor, **others: Tensor | None) -> None:
+    for name, tensor in others.items():
+        if tensor is not None and tensor.shape != x.shape:
+            raise UserError(f"{name} must have the shape of x, {tuple(x.shape)}, got {tuple(tensor.shape)}: expand it.")
+
+
+def _check_statistics(running_mean: Tensor | None, running_var: Tensor | None, training: bool) -> None:
+    if not training and (running_mean is None or running_var is None):
+        raise UserError("inference must have running_mean and running_var, got None: pass both, or training=True.")
 
 
 def _laid_out(x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import bnkit.nn
+from bnkit import UserError
 from bnkit.functional import batch_norm
 from bnkit.ops import cpu, dispatch
 
@@ -229,3 +230,64 @@ def test_eager_calls_do_not_pass_through_the_operators(monkeypatch):
     monkeypatch.setattr(dispatch, "serve", lambda backend, *_: calls.append(backend) or torch.zeros(()))
     batch_norm(torch.randn(4, 3), None, None, training=True)
     assert calls == [cpu]
+
+
+def replaced(arguments: tuple, index: int, value: object) -> tuple:
+    return (*arguments[:index], value, *arguments[index + 1 :])
+
+
+PER_CHANNEL = {FORWARD: {1: "running_mean", 2: "running_var", 3: "weight", 4: "bias"}}
+PER_CHANNEL[BACKWARD] = {2: "mean", 3: "invstd", 4: "weight", 5: "bias"}
+
+
+@pytest.mark.parametrize("size", [1, 3, 5])
+@pytest.mark.parametrize(("operator", "index"), [(op, index) for op, names in PER_CHANNEL.items() for index in names])
+def test_a_pass_refuses_another_number_of_channels(operator, index, size):
+    """The kernels take pointers: they would read, or write, past the end."""
+    case = make_case((6, 4), activation="relu")
+    arguments = (forward_arguments if operator is FORWARD else backward_arguments)(case)
+    name = PER_CHANNEL[operator][index]
+    with pytest.raises(UserError, match=rf"^{name} must have a value for each of the 4 channels of x, got {size}: "):
+        operator(*replaced(arguments, index, torch.ones(size)))
+
+
+@pytest.mark.parametrize("shape", [(6, 3), (5, 4), (1, 4), (6, 4, 1)], ids=str)
+def test_a_pass_refuses_another_shape(shape):
+    case = make_case((6, 4), activation="relu", residual=True)
+    forward, backward = forward_arguments(case), backward_arguments(case)
+    for operator, arguments, index, name in (
+        (FORWARD, forward, 9, "residual"),
+        (BACKWARD, backward, 0, "dy"),
+        (BACKWARD, backward, 8, "residual"),
+    ):
+        with pytest.raises(UserError, match=rf"^{name} must have the shape of x, \(6, 4\), got \({shape[0]}, "):
+            operator(*replaced(arguments, index, torch.ones(shape)))
+
+
+def test_inference_refuses_to_go_without_statistics():
+    forward = forward_arguments(make_case((6, 4), training=False))
+    for missing in (1, 2):
+        with pytest.raises(UserError, match="inference must have running_mean and running_var, got None"):
+            FORWARD(*replaced(forward, missing, None))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_types_of_what_the_backward_pass_is_given(dtype):
+    case = make_case((6, 4, 5, 5), dtype=dtype, activation="relu", layout="channels_last")
+    arguments = backward_arguments(case)
+    wanted = BACKWARD(*arguments)
+    for index, dtypes in {0: (torch.float32, torch.float64), 2: (torch.float32,), 3: (torch.float32,)}.items():
+        for other in dtypes:
+            found = BACKWARD(*replaced(arguments, index, arguments[index].to(other)))
+            for a, b in zip(found, wanted, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+
+
+def test_hooks_that_save_in_another_type_and_a_dispatch_mode():
+    case = make_case((6, 4, 5, 5), dtype=torch.bfloat16, activation="gelu")
+    wide = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t.float())
+    wanted = oracle.run(case, lambda case: BATCH_NORM(*forward_arguments(case)))
+    with wide, FlopCounterMode(display=False):
+        found = oracle.run(case, lambda case: BATCH_NORM(*forward_arguments(case)))
+    for name, value in found.items():
+        torch.testing.assert_close(value, wanted[name], rtol=2e-2, atol=1e-2)
