@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.utils import checkpoint as checkpointing
 
 from . import reference
 from ._backend import Backend, Gradients
@@ -25,8 +26,9 @@ class _BatchNorm(torch.autograd.Function):
         ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, call: tuple[Any, ...]
     ) -> Tensor:
         backend, running_mean, running_var, training, momentum, eps, activation = ctx.call = call
+        may_mask = residual is not None and not _is_checkpointed()
         y, mean, invstd, kept = backend.forward(
-            x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual, True
+            x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual, may_mask
         )
         ctx.save_for_backward(x, mean, invstd, weight, bias, kept)
         return y
@@ -62,6 +64,15 @@ def differentiable(
     # One argument for all that has no gradient, since autograd handles each one by itself.
     call = (backend, running_mean, running_var, training, momentum, eps, activation)
     return _apply(x, residual, weight, bias, call)
+
+
+def _is_checkpointed() -> bool:
+    """Whether activation checkpointing takes note of what is saved, to compare it when the pass is repeated.
+
+    One of the two passes may be seen by a dispatch mode, under which there are no masks.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks is not None and hooks[0].__module__ == checkpointing.__name__
 
 
 def _differentiable_gradients(ctx: Any, dy: Tensor, needs: tuple[bool, bool, bool, bool]) -> Gradients:

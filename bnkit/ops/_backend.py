@@ -57,8 +57,8 @@ class Backend(Protocol):
         new tensors of shape (C,), of the statistics' type or a wider one, never views of the running statistics.
 
         kept is what `backward` wants of the residual, None where there is none or no activation. It is the residual
-        itself, or for relu, and only with `for_backward`, a mask: a new tensor of the type uint8 that tells in a form
-        of the backend's own where z ≤ 0 does not hold.
+        itself, or for relu, and only with `for_backward` (a backward pass follows, and may be given one), a mask: a
+        new tensor of the type uint8 that tells in a form of the backend's own where z ≤ 0 does not hold.
 
         With `training`, n > 1, mean and var (m2/n) are the batch's, and running_mean and running_var, unless both are
         None, are updated in place: new = (1 - momentum) · old + momentum · batch, with the variance m2/(n - 1).

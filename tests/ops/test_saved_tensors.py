@@ -6,9 +6,11 @@ import oracle
 import pytest
 import torch
 from _cases import batch_norm, needs_kernels
-from oracle import make_case
+from oracle import Case, make_case
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from bnkit import functional
 
@@ -87,3 +89,36 @@ def test_hooks_that_save_in_another_type_in_place():
     with widened(torch.float32):
         for ours, expected in zip(gradients(), wanted, strict=True):
             torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("watched", ["neither", "forward", "backward", "both"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.usefixtures("backend")
+def test_checkpointing_of_which_one_pass_is_watched(activation, layout, watched):
+    """A dispatch mode sees operators, and what is kept may not depend on whether there is one."""
+    case = make_case((4, 8, 5, 7), layout=layout, residual=True, activation=activation)
+
+    def through_checkpoint(case: Case) -> Tensor:
+        def function(x: Tensor, residual: Tensor) -> Tensor:
+            options = {"training": True, "activation": activation, "residual": residual}
+            return functional.batch_norm(x, None, None, case.weight, case.bias, **options)
+
+        return checkpoint(function, case.x, case.residual, use_reentrant=False)
+
+    def gradients(watched: str) -> tuple[Tensor, ...]:
+        x, residual = leaf(case.x), leaf(case.residual)
+        again = make_case((4, 8, 5, 7))
+        again.x, again.residual, again.weight, again.bias = x, residual, case.weight, case.bias
+        y = watch(lambda: through_checkpoint(again), watched in ("forward", "both"))
+        return watch(lambda: torch.autograd.grad(y, (x, residual), case.dy), watched in ("backward", "both"))
+
+    for ours, expected in zip(gradients(watched), gradients("neither"), strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+def watch(function, watched: bool):
+    if not watched:
+        return function()
+    with FlopCounterMode(display=False):
+        return function()
