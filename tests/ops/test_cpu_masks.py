@@ -28,6 +28,7 @@ MASKED = {
     ((700, 8, 3, 5), "channels_last"): "many narrow rows, some left over",
     ((30, 520, 2, 3), "channels_last"): "rows wider than a tile, with a tail",
     ((2, 16, 3, 4, 5), "channels_last"): "volumes",
+    ((20, 1004, 2, 1), "contiguous"): "images as rows, whole bytes only with all their values",
 }
 TOO_NARROW = [((7, 3), "contiguous"), ((4, 5, 6, 7), "channels_last"), ((3, 3, 3, 3), "contiguous")]
 STREAMED = {
@@ -77,6 +78,30 @@ def test_outputs_too_large_for_the_caches(shape):
     assert_the_same(make_case(shape, activation="relu", residual=True))
 
 
+@pytest.mark.parametrize("shape", [(45, 1000, 7, 7), (140_001, 16), (2_600, 1000)], ids=str)
+@pytest.mark.usefixtures("instruction_set", "poisoned")
+def test_too_large_in_double_precision(shape):
+    """Vectors of fewer lanes than a byte has bits, streamed."""
+    assert_the_same(make_case(shape, dtype=torch.float64, activation="relu", residual=True))
+
+
+@pytest.mark.parametrize(("shape", "layout"), MASKED, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.usefixtures("instruction_set", "poisoned")
+def test_a_bit_is_set_where_y_is_positive(shape, layout, dtype):
+    case = make_case(shape, layout=layout, dtype=dtype, activation="relu", residual=True)
+    mask, (y, *_) = passes(case, by_mask=True)
+    assert mask is not None
+    assert y is not None
+    in_memory = y if layout == "contiguous" else y.movedim(1, -1)
+    plane = y[0, 0].numel() if layout == "contiguous" else 1
+    run = plane if plane >= 16 and shape[1] > 1 else y.numel()  # rows are whole bytes, so all of them are one run
+    runs = (in_memory > 0).reshape(-1, run)
+    padded = torch.nn.functional.pad(runs, (0, -run % 8)).view(len(runs), -1, 8)
+    packed = (padded * 2 ** torch.arange(8)).sum(2).flatten()
+    assert torch.equal(mask.flatten()[: len(packed)].long(), packed)
+
+
 @pytest.mark.usefixtures("instruction_set", "poisoned")
 @pytest.mark.parametrize(("shape", "layout"), MASKED, ids=str)
 def test_what_is_not_a_number_passes(shape, layout):
@@ -93,7 +118,13 @@ def test_what_is_not_a_number_passes(shape, layout):
 @pytest.mark.parametrize("threads", [1, 2, 3, 5, 8])
 @pytest.mark.parametrize(
     ("shape", "layout"),
-    [((8, 3, 190, 191), "contiguous"), ((2, 1000, 12, 12), "channels_last"), ((40, 3000), "contiguous")],
+    [
+        ((8, 3, 190, 191), "contiguous"),
+        ((2, 1000, 12, 12), "channels_last"),
+        ((40, 3000), "contiguous"),
+        ((20, 1004, 2, 1), "contiguous"),  # threads share the channels, which are no multiple of 8
+        ((20, 2012, 2, 1), "contiguous"),
+    ],
 )
 @pytest.mark.usefixtures("poisoned", "threads_kept")
 def test_no_two_threads_share_a_byte(shape, layout, threads):
@@ -209,6 +240,19 @@ def test_an_infinite_cotangent_stays_out_where_nothing_passed():
     for create_graph in (False, True):
         dresidual = torch.autograd.grad(y, leaves[3], dy, retain_graph=True, create_graph=create_graph)[0]
         assert torch.equal(dresidual, torch.where(y > 0, torch.inf, 0.0))
+
+
+@pytest.mark.parametrize("make", [lambda dy: torch._neg_view(-dy), lambda dy: torch._efficientzerotensor(dy.shape)])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_cotangent_that_memory_does_not_hold(make, training):
+    """A negated view, and forward mode's zeros, which have no memory: the reference serves, by what the mask tells."""
+    case = make_case((3, 8, 4, 5), training=training, activation="relu", residual=True)
+    leaves, dy = leaves_of(case), make(case.dy)
+    y = ours(case)(*leaves)
+    found = torch.autograd.grad(y, leaves, dy, retain_graph=True)
+    wanted = torch.autograd.grad(y, leaves, case.dy if dy.is_neg() else torch.zeros_like(case.dy))
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("needs", [(True, False, True, True), (False, True, False, False)], ids=str)
