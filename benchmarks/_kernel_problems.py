@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from _kernel_peers import OTHERS
 from torch import Tensor, nn
 
 import bnkit.nn
@@ -30,11 +31,19 @@ class Problem:
         """Of one tensor of the shape."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
-    @property
-    def passes(self) -> int:
+    def passes(self, device: str) -> int:
         """Over memory, with each channel kept in cache: read x, write y; read x and dy, write dx. A residual is read
-        once, and its gradient is written."""
-        return 7 if self.residual else 5
+        once, and its gradient is written. On a GPU, those of the way that the kernels take: what does not fit in
+        registers is read once more in each direction, dy too."""
+        once = 7 if self.residual else 5
+        if device != "cuda":
+            return once
+        from bnkit.ops._triton_tiles import slabs
+
+        batch, channels, *sizes = self.shape
+        plane = torch.Size(sizes).numel()
+        shape = (batch * plane, channels, 1) if self.channels_last else (batch, channels, plane)
+        return once + (slabs(shape, tensors=1) is None) + 2 * (slabs(shape, tensors=2) is None)
 
     @property
     def layout(self) -> str:
@@ -59,9 +68,9 @@ SHAPES = [
 QUICK = {"ResNet-50 stem, batch 32", "ResNet-50 stage 1, batch 8", "MLP of Ioffe and Szegedy"}
 
 
-def problems(quick: bool, only_float32: bool) -> list[Problem]:
+def problems(quick: bool, device: str) -> list[Problem]:
     """Each shape in each type and layout; the few of `QUICK`, or all."""
-    dtypes = (torch.float32,) if only_float32 else (torch.float32, torch.bfloat16)
+    dtypes = (torch.float32, torch.bfloat16, *([torch.float16] if device == "cuda" else []))
     shapes = [shape for shape in SHAPES if not quick or shape.name in QUICK]
     return [
         dataclasses.replace(shape, dtype=dtype, channels_last=channels_last)
@@ -89,15 +98,6 @@ class Eager(nn.Module):
         return F.relu(y if residual is None else y + residual)
 
 
-def _timm(problem: Problem) -> nn.Module | None:
-    """timm's batch norm with an in-place ReLU: of images, and without a residual."""
-    try:
-        from timm.layers.norm_act import BatchNormAct2d
-    except ImportError:
-        return None
-    return BatchNormAct2d(problem.shape[1]) if len(problem.shape) == 4 and not problem.residual else None
-
-
 def _bnkit(problem: Problem) -> nn.Module:
     kind = bnkit.nn.BatchNorm2d if len(problem.shape) == 4 else bnkit.nn.BatchNorm1d
     return kind(problem.shape[1], activation="relu")
@@ -117,7 +117,7 @@ def sides(problem: Problem, device: str) -> dict[str, Callable[[], object]]:
         "bnkit": _bnkit(problem),
         "eager": Eager(problem),
         "compile": torch.compile(Eager(problem), dynamic=False),
-        "timm": _timm(problem),
+        **{name: make(problem, device) for name, make in OTHERS.items()},
     }
     steps: dict[str, Callable[[], object]] = {
         name: _step(module.to(device), x, residual, dy) for name, module in modules.items() if module is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,8 +28,22 @@ def problem_of(bench, shape, **options):
 def test_bytes_and_passes(bench):
     assert problem_of(bench, (2, 3, 4, 5)).bytes == 2 * 3 * 4 * 5 * 4
     assert problem_of(bench, (2, 3, 4, 5), dtype=torch.bfloat16).bytes == 2 * 3 * 4 * 5 * 2
-    assert problem_of(bench, (2, 3)).passes == 5
-    assert problem_of(bench, (2, 3), residual=True).passes == 7
+    assert problem_of(bench, (2, 3)).passes("cpu") == 5
+    assert problem_of(bench, (2, 3), residual=True).passes("cpu") == 7
+
+
+def test_passes_of_the_way_that_the_kernels_take_on_a_gpu(bench):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    assert problem_of(bench, (60, 100)).passes("cuda") == 5
+    assert problem_of(bench, (32, 256, 32, 32)).passes("cuda") == 7  # x alone fits in registers, x and dy do not
+    assert problem_of(bench, LARGE).passes("cuda") == 8
+    assert problem_of(bench, LARGE, residual=True, channels_last=True).passes("cuda") == 10
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_each_type_is_measured(bench, device):
+    half = {torch.float16} if device == "cuda" else set()
+    assert {problem.dtype for problem in bench.problems(True, device)} == {torch.float32, torch.bfloat16} | half
 
 
 LARGE, MIDDLE = (32, 256, 56, 56), (8, 64, 56, 56)
@@ -51,7 +66,26 @@ LARGE, MIDDLE = (32, 256, 56, 56), (8, 64, 56, 56)
 )
 def test_bars(bench, monkeypatch, shape, options, allocator, expected):
     monkeypatch.setattr(bench, "last_level_cache", lambda: 32 << 20)
-    assert bench.bars(problem_of(bench, shape, **options), allocator) == expected
+    assert bench.bars(problem_of(bench, shape, **options), allocator, "cpu") == expected
+
+
+@pytest.mark.parametrize("shape", [LARGE, MIDDLE, (60, 100)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_bars_on_gpus(bench, shape, dtype):
+    problem = problem_of(bench, shape, dtype=dtype)
+    assert bench.bars(problem, "default", "cuda") == {"limit": 0.9, "compile": 1.0}
+    problem = problem_of(bench, shape, dtype=dtype, channels_last=True)
+    assert bench.bars(problem, "default", "cuda") == {"limit": 0.9, "compile": 1.0, "cudnn": 1.0}
+
+
+def test_peers_that_are_not_installed(bench, monkeypatch):
+    peers = importlib.import_module("_kernel_peers")
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    assert peers.missing("cpu") == ["timm"]
+    assert peers.missing("cuda") == ["timm", "apex", "inplace_abn"]
+    problem = problem_of(bench, MIDDLE, dtype=torch.float16, channels_last=True)
+    assert {name for name, make in peers.OTHERS.items() if make(problem, "cuda") is not None} == {"cudnn"}
+    assert not any(make(problem, "cpu") for make in peers.OTHERS.values())
 
 
 def row(reached: float, bar: float | None) -> dict:
@@ -99,7 +133,17 @@ def test_rows_become_a_line_with_the_losers(bench, monkeypatch):
     assert table.rows[0][5:8] == ["0.50", "-", "4.00"]
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_no_kernels_allow_no_report(bench, monkeypatch, device):
+    """Their tests would be skipped, and plain PyTorch be timed under their name."""
+    monkeypatch.setitem(bench.AVAILABLE, device, lambda: False)
+    monkeypatch.setattr(bench.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=0, stdout="1 skipped"))
+    with pytest.raises(UserError, match=rf"only of bnkit's own kernels, and there are none for {device} here: "):
+        bench.check_correctness(device)
+
+
 def test_red_tests_allow_no_report(bench, monkeypatch, capsys):
+    monkeypatch.setitem(bench.AVAILABLE, "cpu", lambda: True)
     monkeypatch.setattr(bench.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1, stdout="1 failed"))
     measured = []
     monkeypatch.setattr(bench, "in_fresh_process", lambda *_: measured.append(1))
@@ -110,5 +154,8 @@ def test_red_tests_allow_no_report(bench, monkeypatch, capsys):
 
 
 def test_the_quick_tests_exist(bench):
-    for files in bench.TESTS.values():
-        assert (BENCHMARKS.parent / files[0]).exists()
+    for file in itertools.chain(*bench.TESTS.values()):
+        assert (BENCHMARKS.parent / file).exists()
+    sources = "".join((BENCHMARKS.parent / file).read_text() for file in bench.TESTS["cpu"])
+    for words in bench.QUICK_TESTS["cpu"].split(" or "):
+        assert words in sources

@@ -77,6 +77,19 @@ def test_by_value_on_three_threads(shape):
     check(make_case(shape, activation="relu", residual=True))
 
 
+@pytest.mark.parametrize(
+    ("shape", "dtype", "layout"),
+    [
+        ((9, 64, 92, 92), torch.float32, "contiguous"),
+        ((9, 64, 92, 92), torch.float32, "channels_last"),
+        ((9, 64, 92, 181), torch.bfloat16, "contiguous"),
+    ],
+)
+def test_by_value_past_the_caches(shape, dtype, layout):
+    torch.set_num_threads(3)
+    check(make_case(shape, dtype=dtype, layout=layout, activation="relu", residual=True))
+
+
 def test_far_more_threads_than_the_machine_has():
     case = make_case((300, 5, 30, 31), activation="relu")
     assert_identical(on_threads(64, case), on_threads(1, case))
