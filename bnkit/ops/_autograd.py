@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils import checkpoint as checkpointing
 
@@ -71,7 +72,7 @@ def _is_checkpointed() -> bool:
 
     One of the two passes may be seen by a dispatch mode, under which there are no masks.
     """
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    hooks = _top_saved_tensors_default_hooks(False)
     return hooks is not None and hooks[0].__module__ == checkpointing.__name__
 
 
