@@ -28,7 +28,7 @@ from rich.progress import track
 from torch._dynamo.exc import BackendCompilerFailed
 
 from bnkit._allocator import tune_allocator
-from bnkit._checks import UserError
+from bnkit._checks import FailedCheck, UserError
 from bnkit.ops import cpu, cuda
 from bnkit.report import Table, print_table
 
@@ -54,7 +54,7 @@ Row = dict[str, Any]
 
 
 def check_correctness(device: str) -> None:
-    """Raise UserError unless the kernels are there and their quick tests pass now."""
+    """Raise UserError unless the kernels are there, and FailedCheck unless their quick tests pass now."""
     if not AVAILABLE[device]():
         raise UserError(
             f"a speed is reported only of bnkit's own kernels, and there are none for {device} here: {REMEDY[device]}."
@@ -65,7 +65,7 @@ def check_correctness(device: str) -> None:
     if done.returncode:
         print(done.stdout, file=sys.stderr)
         tests = " ".join(TESTS[device])
-        raise UserError(f"a speed is reported only of kernels whose tests pass, and some fail; see pytest {tests}.")
+        raise FailedCheck(f"a speed is reported only of kernels whose tests pass, and some fail; see pytest {tests}.")
 
 
 def bars(problem: Problem, allocator: str, device: str) -> dict[str, float]:

@@ -15,6 +15,10 @@ class UserError(ValueError):
     """
 
 
+class FailedCheck(UserError):
+    """What was asked for could be done, but what came out does not stand its check. The command line exits with 1."""
+
+
 def unknown(kind: str, name: str, choices: Iterable[str]) -> UserError:
     """The error for a `name` that is none of `choices`, with the nearest of them."""
     choices = sorted(choices)

@@ -6,14 +6,29 @@ Exit codes: 0 success, 1 a finding or a failed check, 2 bad use.
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
 from ._allocator import tune_allocator
-from ._checks import UserError
+from ._checks import FailedCheck, UserError
 from ._commands import adapt, bench, compare, convert, evaluate, fold, insert, models, recalibrate, reproduce, train
 
+
+class _Commands(TyperGroup):
+    """Commands whose errors are one line and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            print(f"bnkit: {error}", file=sys.stderr)
+            raise typer.Exit(1 if isinstance(error, FailedCheck) else 2) from error
+
+
 app = typer.Typer(
+    cls=_Commands,
     help="Batch normalization for PyTorch, end to end.",
     no_args_is_help=True,
     add_completion=False,
@@ -40,11 +55,7 @@ def _root() -> None:
 def main() -> None:
     """The entry point of the `bnkit` command."""
     tune_allocator()
-    try:
-        app()
-    except UserError as error:
-        print(f"bnkit: {error}", file=sys.stderr)
-        sys.exit(2)
+    app()
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json as json_module
-import sys
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from .._checks import UserError, require, words_of
+from .._checks import FailedCheck, UserError, require, words_of
 from .._weights import save_weights
 
 if TYPE_CHECKING:
@@ -92,12 +91,10 @@ def _exported(model: nn.Module, example: Tensor, out: Path) -> ExportedProgram:
         with contextlib.redirect_stderr(io.StringIO()):  # torch prints the graph up to where it gave up
             return torch.export.export(model.eval(), examples, dynamic_shapes=sizes)
     except Exception as error:
-        print(
-            f"bnkit: a program must be of a model that torch.export takes, got one that fails ({_short(error)}): "
-            f"write the weights, with --out {out.with_suffix('.safetensors')} or {out.with_suffix('.pt')}.",
-            file=sys.stderr,
-        )
-        raise typer.Exit(1) from error
+        raise FailedCheck(
+            f"a program must be of a model that torch.export takes, got one that fails ({_short(error)}): "
+            f"write the weights, with --out {out.with_suffix('.safetensors')} or {out.with_suffix('.pt')}."
+        ) from error
 
 
 def _short(error: Exception) -> str:

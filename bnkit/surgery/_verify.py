@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import UserError
+from .._checks import FailedCheck, UserError
 from .._modes import buffers_kept, evaluating
 from ..graph import Forward, apart, apply, feed, tensors_in
 from ._operation import check_initialized
@@ -53,15 +53,15 @@ def run_changed(model: nn.Module, example: Any, forward: Forward | None, verb: s
     """`run_in_eval` of a model that ran before it was changed.
 
     Raises:
-        UserError: it no longer does.
+        FailedCheck: it no longer does.
     """
     try:
         return run_in_eval(model, example, forward)
-    except UserError:
-        raise
     except Exception as error:
-        words = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise UserError(
+        # A `forward` may have put the error into words that make sense of a model as it was given.
+        cause = error.__cause__ if isinstance(error, UserError) and error.__cause__ else error
+        words = f"{type(cause).__name__}: {' '.join(str(cause).split())[:200]}"
+        raise FailedCheck(
             f"{verb} must leave a model that runs, but it raises {words}; nothing was changed. Something in it may "
             "ask a replaced layer for what only that had: leave such layers out with where=."
         ) from error
@@ -115,10 +115,10 @@ def check(error: float, tolerance: float, verb: str) -> None:
     """Refuse a result that differs by more than `tolerance`.
 
     Raises:
-        UserError: it does.
+        FailedCheck: it does.
     """
     if not error <= tolerance:
-        raise UserError(
+        raise FailedCheck(
             f"{verb} must leave the outputs as they were, but they differ by {error:.1e} relative to the largest, "
             f"beyond tolerance={tolerance:.0e}; nothing was changed. Raise tolerance if rounding explains it (try in "
             "float64), or leave modules out with where=."

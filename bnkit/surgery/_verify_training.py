@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from .._checks import UserError
+from .._checks import FailedCheck
 from ..graph import Forward, apart, apply, device_of, moved, tensors_in
 from ._operation import copied
 from ._verify import relative_error
@@ -52,24 +52,24 @@ def check_training(
     """Refuse a model that trains in another way than expected.
 
     Raises:
-        UserError: it does.
+        FailedCheck: it does.
     """
     if expected is None:
         return
     found = trained(model, example, forward)
     if found is None:
-        raise UserError(
+        raise FailedCheck(
             f"{verb} must leave training as it was, but the model can no longer be copied or run; {_REMEDY}"
         )
     if new := found.keys() - expected.keys():
-        raise UserError(f"{verb} must leave training as it was, but the model has a {min(new)} now; {_REMEDY}")
+        raise FailedCheck(f"{verb} must leave training as it was, but the model has a {min(new)} now; {_REMEDY}")
     errors = _errors(found, expected)
     if all(error <= _TOLERANCE for error in errors.values()):
         return
     limits = _rounding(model, example, forward, found)
     for name, error in errors.items():
         if not error <= max(_TOLERANCE, _MARGIN * limits.get(_kind(name, expected[name]), 0.0)):
-            raise UserError(f"{verb} must leave training as it was, but the {name} differs by {error:.1e}; {_REMEDY}")
+            raise FailedCheck(f"{verb} must leave training as it was, but the {name} differs by {error:.1e}; {_REMEDY}")
 
 
 def _errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:

@@ -5,24 +5,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import call
 from PIL import Image
-from typer.testing import CliRunner, Result
-
-from bnkit.cli import app
+from typer.testing import Result
 
 
 @pytest.fixture
 def bnkit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Result]:
-    """Run a command in an empty folder; an error other than an exit is raised."""
+    """Run a command in an empty folder; bad use raises the `UserError` whose words were printed."""
     monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object) -> Result:
-        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-        if result.exception is not None and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        return result
-
-    return run
+    return call
 
 
 @pytest.fixture

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
+from command_line import call
 
 from bnkit import UserError, models
 from bnkit._commands import _statistics
 from bnkit._weights import load_weights, read_weights, save_weights
-from bnkit.cli import app
 from bnkit.data import load
 from bnkit.population import adapt, recalibrate
 
@@ -39,10 +38,6 @@ def digits(split: str = "train") -> list[torch.Tensor]:
     pixels = getattr(images, f"{split}_images").float() / 255
     order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
     return list(((pixels - images.mean) / images.std)[order].split(100))
-
-
-def call(*arguments: object):
-    return CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
 
 
 def assert_same(path: Path, model) -> None:

@@ -1,0 +1,6 @@
+"""`python -m bnkit` is the `bnkit` command."""
+
+from .cli import main
+
+if __name__ == "__main__":
+    main()
