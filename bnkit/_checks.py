@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import textwrap
 from collections.abc import Iterable
 
 _SHOWN = 80
@@ -19,12 +20,16 @@ class FailedCheck(UserError):
     """What was asked for could be done, but what came out does not stand its check. The command line exits with 1."""
 
 
-def unknown(kind: str, name: str, choices: Iterable[str]) -> UserError:
-    """The error for a `name` that is none of `choices`, with the nearest of them."""
+def unknown(kind: str, name: object, choices: Iterable[str]) -> UserError:
+    """The error for a `name` that is none of `choices`, or no string at all; with the nearest of them."""
     choices = sorted(choices)
-    near = difflib.get_close_matches(name.lower(), choices, n=3, cutoff=0.5)
     others = f" and {len(choices) - _SHOWN} more" if len(choices) > _SHOWN else ""
-    hint = f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(choices[:_SHOWN])}{others}."
+    hint = f"choose one of {', '.join(choices[:_SHOWN])}{others}."
+    if not isinstance(name, str):
+        return UserError(f"{kind} must be a name, got {textwrap.shorten(repr(name), 80, placeholder=' ...')}: {hint}")
+    near = difflib.get_close_matches(name.lower(), choices, n=3, cutoff=0.5)
+    if near:
+        hint = f"did you mean {' or '.join(near)}?"
     return UserError(f"unknown {kind} {name!r}: {hint}")
 
 

@@ -57,7 +57,7 @@ class Moments:
             object.__setattr__(self, "mean_error", torch.zeros_like(self.mean))
 
     @staticmethod
-    def of(x: Tensor, dims: tuple[int, ...]) -> Moments:
+    def of(x: Tensor, dims: tuple[int, ...] | None = None) -> Moments:
         """Moments of `x` over the dimensions `dims`; the dimensions left make up the channels.
 
         Two passes: the mean, then the deviations from it, whose own mean corrects the first (Chan et al., section 3).
@@ -65,8 +65,10 @@ class Moments:
 
         Args:
             x: floating-point tensor of any layout.
-            dims: dimensions to reduce, not empty.
+            dims: dimensions to reduce, not empty; None for all but 1, where (N, C, *) has its channels. One dimension,
+                (N,), is one channel's values, and its moments have no dimensions.
         """
+        dims = (0, *range(2, x.dim())) if dims is None else dims
         x = x.to(statistics_dtype(x.dtype))
         count = math.prod([x.shape[d] for d in dims])
         size = max(count, 1)

@@ -179,3 +179,15 @@ def test_all_reduce_over_gloo(tmp_path):
     # A group of one reduces over itself; the channels may have a shape.
     assert torch.equal(own_first[1], torch.zeros(2, 3))
     assert torch.equal(own_second[1], torch.ones(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("shape", "dims"), [((5,), (0,)), ((5, 3), (0,)), ((5, 3, 2), (0, 2)), ((5, 3, 2, 4), (0, 2, 3))]
+)
+def test_all_dimensions_but_the_channels_by_default(shape, dims):
+    x = torch.randn(shape)
+    found, expected = Moments.of(x), Moments.of(x, dims)
+    assert found.count == expected.count
+    assert torch.equal(found.mean, expected.mean)
+    assert torch.equal(found.m2, expected.m2)
+    assert found.mean.shape == shape[1:2]
