@@ -24,6 +24,7 @@ from _surgery_sweep import swept
 from torch import nn
 
 from bnkit import surgery
+from bnkit._checks import FailedCheck
 from bnkit.surgery._verify import relative_error
 
 _TABLE = "surgery_programs"
@@ -115,6 +116,9 @@ def main(everything: bool, save: bool, only: Sequence[str] = ()) -> None:
     """Print a row for each model; with `save`, put each into `benchmarks/results/surgery_programs.csv` at once.
 
     Of one model a family graphs are made down to kernels (`aot_eager`); of everything, of Python's functions.
+
+    Raises:
+        FailedCheck: after all rows, if a changed model is no program where its original is one.
     """
     warnings.filterwarnings("ignore")
     logging.disable(logging.CRITICAL)  # a graph that can't be made is printed whole
@@ -128,4 +132,6 @@ def main(everything: bool, save: bool, only: Sequence[str] = ()) -> None:
         rows.append(row)
         print(*(f"{text:45}" if i == 0 else f"{text:9}" for i, text in enumerate(dataclasses.astuple(row))), flush=True)
     ours = [row.model for row in rows if "no" in dataclasses.astuple(row) or row.why.startswith("failed:")]
-    print(f"{len(rows)} models; ours fail where the original does not: {', '.join(ours) or 'none'}.")
+    print(f"{len(rows)} models.")
+    if ours:
+        raise FailedCheck(f"what the original can, ours must, but not so on {', '.join(ours)}: see their rows.")

@@ -25,6 +25,7 @@ from torch import nn
 
 from bnkit import surgery
 from bnkit._allocator import tune_allocator
+from bnkit._checks import FailedCheck
 from bnkit.surgery._verify import relative_error
 
 BATCHES = (1, 32)
@@ -145,7 +146,11 @@ def _timed(cases: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
 
 
 def main(everything: bool, save: bool, only: Sequence[str] = (), compile_too: bool = True) -> None:
-    """Print a row for each model; with `save`, put each into `benchmarks/results/surgery_speed.csv` at once."""
+    """Print a row for each model; with `save`, put each into `benchmarks/results/surgery_speed.csv` at once.
+
+    Raises:
+        FailedCheck: after all rows, if a model could not be run, or its folded outputs are wrong.
+    """
     tune_allocator()
     warnings.filterwarnings("ignore")
     logging.disable(logging.CRITICAL)
@@ -162,6 +167,12 @@ def main(everything: bool, save: bool, only: Sequence[str] = (), compile_too: bo
         rows[row.model] = dataclasses.asdict(row)
         print(*(f"{v:45}" if key == "model" else f"{v!s:>7}" for key, v in rows[row.model].items()), flush=True)
     print_summary(_saved() if save else rows)
+    if failed := [name for name, row in rows.items() if _failed(row)]:
+        raise FailedCheck(f"folded models must run as the originals do, but not {', '.join(failed)}: see their rows.")
+
+
+def _failed(row: Mapping[str, object]) -> bool:
+    return bool(row["why"]) or any(row[f"fold_{batch}"] in ("fails", "differs") for batch in BATCHES)
 
 
 def _saved() -> dict[str, dict[str, object]]:

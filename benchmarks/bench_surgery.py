@@ -3,30 +3,29 @@
 A row tells the batch norms found and folded, the reasons of those left, the largest relative difference of the
 outputs in eval mode, in float32 and, for models that are not large, in float64, and beside it how far the model's own
 outputs in float32 are from those in float64: a deep random network amplifies any rounding. It also tells whether the
-folded model pickles, and whether batch norms converted through every kind that keeps statistics and back have the same
-bits. Two other examinations are on request, each with a table of its own: `_surgery_programs.py` exports and compiles,
-`_surgery_speed.py` times.
+folded model pickles, and whether the batch norms become each kind that keeps statistics and again what they were, to
+the bit (`_surgery_checks.py`). Two other examinations are on request, each with a table of its own:
+`_surgery_programs.py` exports and compiles, `_surgery_speed.py` times.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-import pickle
 import re
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import _surgery_programs
 import _surgery_speed
 import torch
+from _surgery_checks import CHECKS, fault
 from _surgery_models import names, ready
 from _surgery_sweep import swept
 from torch import Tensor, nn
 
 from bnkit import surgery
-from bnkit.graph import tensors_in
+from bnkit._checks import FailedCheck
 from bnkit.surgery._verify import relative_error
 
 _LARGE = 30e6  # parameters
@@ -63,12 +62,13 @@ def examine(name: str) -> Row:
         model, example = model.double(), example.double()
         result = surgery.fold(model, example, forward=forward, tolerance=1e-9)
         error_float64 = result.max_error
-    checks = [kind for kind, check in _CHECKS.items() if _passes(check, model, result.model, example, forward)]
-    found = len(result.changed) + len(result.skipped)
-    failed = [f"not: {kind}" for kind in _CHECKS if kind not in checks]
+    faults = {kind: fault(check, model, result.model, example, forward) for kind, check in CHECKS.items()}
+    failed = [f"failed: {kind}, {why}" for kind, why in faults.items() if why]
     failed += ["failed: inexact"] * (error is not None and error > max(_TOLERANCE, 3 * (own_rounding or 0.0)))
+    found = len(result.changed) + len(result.skipped)
     left = "; ".join([*failed, *_reasons(result.skipped)])
-    return Row(name, found, len(result.changed), left, error, error_float64, own_rounding, " ".join(checks))
+    checks = " ".join(kind for kind, why in faults.items() if not why)
+    return Row(name, found, len(result.changed), left, error, error_float64, own_rounding, checks)
 
 
 def _in_float64(model: nn.Module, example: Tensor) -> tuple[float | None, float | None]:
@@ -86,48 +86,6 @@ def _in_float64(model: nn.Module, example: Tensor) -> tuple[float | None, float 
         model.float()
 
 
-def _passes(check: Callable[..., bool], *arguments: Any) -> bool:
-    try:
-        with torch.no_grad():
-            return check(*arguments)
-    except Exception:  # any failure is the finding
-        return False
-
-
-def _run(model: nn.Module, example: Any, forward: Any) -> list[Tensor]:
-    return list(tensors_in(forward(model, example) if forward else model(example)))
-
-
-def _same(found: list[Tensor], expected: list[Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-
-
-def _pickles(model: nn.Module, folded: nn.Module, example: Any, forward: Any) -> bool:
-    return _same(_run(pickle.loads(pickle.dumps(folded)), example, forward), _run(folded, example, forward))
-
-
-def _converts(model: nn.Module, folded: nn.Module, example: Any, forward: Any) -> bool:
-    """Through every kind that keeps statistics, and back: the same bits."""
-    twin = surgery.convert(model, "batch").model
-    for kind in ("sync", "ghost", "renorm", "frozen", "torch"):
-        surgery.convert(twin, kind, inplace=True)
-    before, after = model.state_dict(), twin.state_dict()
-    same = list(before) == list(after) and all(torch.equal(before[key], after[key]) for key in before)
-    return same and _close(_run(twin, example, forward), _run(model, example, forward))
-
-
-def _close(found: Any, expected: Any) -> bool:
-    pairs = zip(tensors_in(found), tensors_in(expected), strict=True)
-    return all(
-        a.shape == b.shape and float((a - b).abs().amax()) <= 1e-4 * float(b.abs().amax())
-        for a, b in pairs
-        if b.numel()
-    )
-
-
-_CHECKS: dict[str, Callable[..., bool]] = {"pickles": _pickles, "converts": _converts}
-
-
 def _reasons(skipped: dict[str, str]) -> list[str]:
     short = (re.sub(r"[: ]*(by \w+ in|in dimension) .*", "", reason.split(";")[0]) for reason in skipped.values())
     return [f"{count} × {reason}" for reason, count in collections.Counter(short).most_common(3)]
@@ -137,6 +95,9 @@ def main(everything: bool, save: bool, what: str, only: Sequence[str] = (), comp
     """Print a row for each model; with `save`, put each into `benchmarks/results/surgery.csv` as soon as it is known.
 
     Rows of models not looked at this time stay in the file. `what` may also be "export" or "speed".
+
+    Raises:
+        FailedCheck: after all rows, if any failed.
     """
     if what == "export":
         _surgery_programs.main(everything, save, only)
@@ -154,7 +115,7 @@ def _fold_and_convert(everything: bool, save: bool, only: Sequence[str]) -> None
     ):
         rows.append(row)
         print(_line(row), flush=True)
-    _print_summary(rows)
+    _summarize(rows)
 
 
 def _line(row: Row) -> str:
@@ -162,11 +123,10 @@ def _line(row: Row) -> str:
     return f"{row.model:45} {row.folded:4}/{row.found:<4} {errors}  {row.checks}  {row.left}"
 
 
-def _print_summary(rows: Sequence[Row]) -> None:
+def _summarize(rows: Sequence[Row]) -> None:
     worked = [row for row in rows if row.found]
-    failed = [row.model for row in rows if "failed:" in row.left]
     worst = max((row.error for row in worked if row.error is not None), default=0.0)
     folded, found = sum(row.folded for row in worked), sum(row.found for row in worked)
     print(f"{len(rows)} models, {len(worked)} with batch norms: {folded} of {found} folded, largest error {worst:.1e}.")
-    if failed:
-        print(f"Failed: {', '.join(failed)}.")
+    if failed := [row.model for row in rows if "failed:" in row.left]:
+        raise FailedCheck(f"surgery must hold on every model, but failed on {', '.join(failed)}: see their rows.")
