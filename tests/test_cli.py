@@ -90,6 +90,9 @@ def test_convolutional_nets_on_a_folder_of_pictures(tmp_path, folder, model):
 
 @pytest.mark.parametrize(("arguments", "words"), [
     (["--model", "lenet"], ["unknown model 'lenet'", "lenet5"]),
+    (["--model", "bnkit:lenet"], ["unknown model 'lenet'", "lenet5"]),
+    (["--model", "torchvision:vgg11"], ["compare exchanges norms", "got 'torchvision:vgg11'", "bnkit models"]),
+    (["--model", "net.py:made"], ["compare exchanges norms", "got 'net.py:made'", "bnkit models"]),
     (["--norms", "none,bacth"], ["unknown norm 'bacth'", "batch"]),
     (["--data", "minst"], ["unknown data set 'minst'", "mnist"]),
     (["--batch-size", "1"], ["more than one image a batch", "--batch-size 2"]),

@@ -50,6 +50,11 @@ def load_model(name: str, options: Iterable[str] | None = None, weights: Path | 
     return model
 
 
+def is_own(name: str) -> bool:
+    """Whether `name` is of one of bnkit's models."""
+    return ":" not in name or name.startswith("bnkit:")
+
+
 def name_and_value(text: str, what: str = "an option", example: str = "num_classes=10") -> tuple[str, Any]:
     """The two sides of `"name=value"`, the value as a Python literal or else a string.
 

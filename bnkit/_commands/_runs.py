@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._checks import UserError, require, words_of
-from ._models import load_model
+from ._models import is_own, load_model
 
 if TYPE_CHECKING:
     from torch import nn
@@ -39,7 +39,7 @@ def build_model(recipe: dict[str, Any], images: ImageSet | Photographs) -> nn.Mo
     from .. import models
 
     name, options = recipe["model"], list(recipe["options"])
-    if ":" not in name or name.startswith("bnkit:"):
+    if is_own(name):
         taken = {option.partition("=")[0] for option in options}
         channels, side, _ = images.shape
         num_classes = images.num_classes if images.num_classes > 1 else None  # one class stands for no labels

@@ -20,7 +20,7 @@ def compare(
     lr: Annotated[float | None, typer.Option(help="Learning rate of all.  [default: 0.5 for mlp, else 0.05]")] = None,
     batch_size: Annotated[int, typer.Option(help="Images a step.")] = 60,
     norms: Annotated[str, typer.Option(help="Norms to compare, separated by commas.")] = "none,batch",
-    model: Annotated[str, typer.Option(help="The network.")] = "mlp",
+    model: Annotated[str, typer.Option(help="One of bnkit's models, such as mlp or bnkit:vgg11.")] = "mlp",
     data: Annotated[str, typer.Option(help="A set's name, or a folder or .zip of class folders of images.")] = "digits",
     data_dir: Annotated[str | None, typer.Option(help="Where downloaded data sets lie.")] = None,
     download: Annotated[bool, typer.Option("--download", help="Download the data set if it is missing.")] = False,

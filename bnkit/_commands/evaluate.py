@@ -13,10 +13,13 @@ from .._checks import require
 from .._weights import load_weights
 from ._data import DataDir, Download, ImageSize, SkipCorrupt, load_for_training
 from ._models import MODEL_HELP, ModelOptions
+from ._progress import progress
 from ._runs import WEIGHTS, build_model, read_run
 from ._statistics import json_number
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from ..data import ImageSet, Photographs
@@ -57,10 +60,13 @@ def evaluate(
     images = load_for_training(recipe["model"], data, folder, download, size, skip_corrupt, console)
     if isinstance(images, Photographs):
         batch_size = min(batch_size, _PHOTOGRAPHS_AT_ONCE)
-    found = [
-        _probabilities(path, run, images, {"eval_batch_size": batch_size, "device": device})
-        for path, run in zip(checkpoints, runs, strict=True)
-    ]
+    changes = {"eval_batch_size": batch_size, "device": device}
+    with progress(json) as bar:
+        task = bar.add_task("Evaluating", total=len(checkpoints) * len(images.test_labels))
+        found = [
+            _probabilities(path, run, images, changes, lambda count: bar.advance(task, count))
+            for path, run in zip(checkpoints, runs, strict=True)
+        ]
     labels = found[0][1]  # of all: the same images are read, or left out, for each
     members = [probabilities for probabilities, _ in found]
     rows = [_row(str(path), member, labels) for path, member in zip(checkpoints, members, strict=True)]
@@ -78,13 +84,18 @@ def _run_of(path: Path, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _probabilities(
-    path: Path, run: dict[str, Any], images: ImageSet | Photographs, changes: dict[str, Any]
+    path: Path,
+    run: dict[str, Any],
+    images: ImageSet | Photographs,
+    changes: dict[str, Any],
+    progress: Callable[[int], None],
 ) -> tuple[Tensor, Tensor]:
     from ..train import FitConfig, labelled_probabilities
 
     model = build_model(run["recipe"], images)
     load_weights(model, path / WEIGHTS if path.is_dir() else path)
-    return labelled_probabilities(model, images, FitConfig.from_dict({**run["config"], "devices": 1, **changes}))
+    config = FitConfig.from_dict({**run["config"], "devices": 1, **changes})
+    return labelled_probabilities(model, images, config, progress)
 
 
 def _row(name: str, probabilities: Tensor, labels: Tensor) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -12,15 +12,11 @@ from rich.console import Console
 from .._checks import require
 from .._weights import load_weights
 from ._data import DataDir, Download, ImageSize, SkipCorrupt, load_for_training
-from ._models import ModelName, ModelOptions, load_model
+from ._models import ModelName, ModelOptions, is_own, load_model
+from ._progress import progress
 from ._runs import build_model
 from ._statistics import BatchSize, Images, Normalize, NumBatches
 from ._surgery import SHAPE_HELP, Checkpoint, Json, Tolerance, Where, example_of, finish, run
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from torch import Tensor
 
 
 def insert(
@@ -49,32 +45,31 @@ def insert(
 
     require(batch_size >= 1, f"--batch-size must be at least 1, got {batch_size}: 128 is usual.")
     require(batches is None or batches >= 1, f"--batches must be at least 1, got {batches}: leave it out for all.")
+    # Of bnkit's models the one without norms is meant, unless -o norm= says otherwise.
+    norm_of_model = "none" if is_own(model) else None
     if data is None:
-        example, loader = example_of(shape), None
-        network = load_model(model, option, checkpoint)
+        example, loader, total = example_of(shape), None, 0
+        network = load_model(model, [*(["norm=none"] if norm_of_model else []), *(option or [])], checkpoint)
     else:
         images = load_for_training(model, data, data_dir, download, image_size, skip_corrupt, Console(stderr=json))
-        # Of bnkit's models the one without norms is meant, unless -o norm= says otherwise.
-        norm_of_model = None if ":" in model and not model.startswith("bnkit:") else "none"
         network = build_model({"model": model, "norm": norm_of_model, "options": option or []}, images)
         if checkpoint is not None:
             load_weights(network, checkpoint)
-        loader = _batches(Images(images, "train", normalize, batch_size), batches)
+        parts = Images(images, "train", normalize, batch_size)
+        total = len(parts) if batches is None else min(len(parts), batches)
+        loader = itertools.islice(parts, total)
         example = next(loader, None)
         require(example is not None, f"{data} must hold images to calibrate on, got none that can be read: add some.")
         loader = itertools.chain([example], loader)
-    result = surgery.insert(
-        network,
-        loader,
-        example=example,
-        where=where or None,
-        norm=norm,
-        tolerance=tolerance,
-        inplace=True,
-        forward=run,
-    )
+    with progress(json) as bar:
+        result = surgery.insert(
+            network,
+            None if loader is None else bar.track(loader, total, description="Measuring activations"),
+            example=example,
+            where=where or None,
+            norm=norm,
+            tolerance=tolerance,
+            inplace=True,
+            forward=run,
+        )
     finish(result, out, json, example)
-
-
-def _batches(images: Images, count: int | None) -> Iterator[Tensor]:
-    return iter(itertools.islice(images, count))

@@ -39,7 +39,7 @@ class CompareConfig:
     """All that a comparison depends on.
 
     Args:
-        model: a name from `bnkit.models.list()`.
+        model: a name from `bnkit.models.list()`, with or without `bnkit:` ahead of it.
         data: a name from `bnkit.data.names()` or a folder of class folders of images.
         norms: the norms to compare, at least one; `"none"` is no norm.
         steps: mini-batches each network sees.
@@ -77,6 +77,13 @@ class CompareConfig:
     skip_corrupt: bool = False
 
     def __post_init__(self) -> None:
+        library, _, name = self.model.rpartition(":")
+        require(
+            library in ("", "bnkit"),
+            f"compare exchanges norms, which only bnkit's own models let it, got {self.model!r}: name one that "
+            "`bnkit models` lists.",
+        )
+        object.__setattr__(self, "model", name)
         if self.model not in models.list():
             raise unknown("model", self.model, models.list())
         for norm in self.norms:

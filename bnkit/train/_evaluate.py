@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing
 
 import torch
@@ -48,12 +48,21 @@ def probabilities(model: nn.Module, data: ImageSet | Photographs, config: FitCon
     return labelled_probabilities(model, data, config)[0]
 
 
-def labelled_probabilities(model: nn.Module, data: ImageSet | Photographs, config: FitConfig) -> tuple[Tensor, Tensor]:
-    """`probabilities`, and the labels (N,) of the images they are of, on the CPU."""
+def labelled_probabilities(
+    model: nn.Module, data: ImageSet | Photographs, config: FitConfig, progress: Callable[[int], None] | None = None
+) -> tuple[Tensor, Tensor]:
+    """`probabilities`, and the labels (N,) of the images they are of, on the CPU.
+
+    `progress` is called with the number of images of each batch that is done.
+    """
+    found = []
     devices = place(model, config)
     batches = batches_of(data, config, devices)
     with closing(_logits(model, batches, devices, data.num_classes, config.eval_batch_size)) as parts:
-        found = [(logits.softmax(1).float().cpu(), labels.cpu()) for logits, labels in parts]
+        for logits, labels in parts:
+            found.append((logits.softmax(1).float().cpu(), labels.cpu()))
+            if progress is not None:
+                progress(len(labels))
     probabilities, labels = zip(*found, strict=True)
     return torch.cat(probabilities), torch.cat(labels)
 

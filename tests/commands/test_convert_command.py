@@ -43,6 +43,19 @@ def test_json(bnkit: Callable, tmp_path: Path):
     assert (facts["max_error"], facts["out"]) == (None, None)
 
 
+def test_outputs_are_compared_where_a_shape_is_given(bnkit: Callable):
+    facts = json.loads(bnkit("convert", "vgg11", *OPTIONS, "--to", "ghost", "--shape", "3,32,32", "--json").stdout)
+    assert len(facts["changed"]) == 8
+    assert facts["max_error"] < 1e-5
+    result = bnkit("convert", "vgg11", *OPTIONS, "--to", "torch", "--shape", "3,32,32", "--tolerance", -1)
+    assert result.exit_code == 1
+    assert "convert must leave the outputs as they were" in result.stderr
+    with pytest.raises(UserError, match="--tolerance is for outputs, which there are only of inputs of a --shape"):
+        bnkit("convert", "vgg11", *OPTIONS, "--to", "torch", "--tolerance", 1e-4)
+    with pytest.raises(UserError, match=r"must run on inputs of shape \(2, 1, 32, 32\)"):
+        bnkit("convert", "vgg11", *OPTIONS, "--to", "ghost", "--shape", "1,32,32")
+
+
 def test_bad_use_is_one_clear_error(bnkit: Callable, tmp_path: Path):
     with pytest.raises(UserError, match="--norm-option is NAME=VALUE, got 'ghost_size'"):
         bnkit("convert", "vgg11", *OPTIONS, "--to", "ghost", "--norm-option", "ghost_size")

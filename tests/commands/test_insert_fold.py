@@ -34,6 +34,20 @@ def test_insert_calibrates_on_images_and_writes_weights(bnkit: Callable, picture
     assert not torch.equal(new.features[0].bn.running_mean, torch.zeros(64))
 
 
+def test_insert_without_data_builds_the_model_without_norms(bnkit: Callable, tmp_path: Path):
+    arguments = ("vgg11", *OPTIONS, "--shape", "3,32,32", "--json")
+    with pytest.warns(UserWarning, match="without calibration data"):
+        plain = json.loads(bnkit("insert", *arguments).stdout)
+    assert len(plain["changed"]) == 10
+    assert set(plain["skipped"]) == {"classifier.6"}
+    save_weights(vgg("none"), tmp_path / "plain.pt")
+    with pytest.warns(UserWarning, match="without calibration data"):
+        assert bnkit("insert", "bnkit:vgg11", tmp_path / "plain.pt", *arguments[1:]).exit_code == 0
+    with pytest.warns(UserWarning, match="without calibration data"):
+        normed = json.loads(bnkit("insert", *arguments, "-o", "norm=batch").stdout)
+    assert len(normed["changed"]) == 2  # the linear layers
+
+
 def test_insert_without_data_warns(bnkit: Callable):
     with pytest.warns(UserWarning, match="without calibration data"):
         result = bnkit("insert", "vgg11", *OPTIONS, "-o", "norm=none", "--shape", "3,32,32", "--json")

@@ -79,6 +79,15 @@ def test_bn_learns_where_small_weights_hold_the_plain_network_back(full):
     assert with_bn.latest() > 0.4 > 0.25 > without.latest()
 
 
+def test_a_model_may_be_named_with_its_library():
+    config = CompareConfig(model="bnkit:mlp")
+    assert config == CompareConfig(model="mlp")
+    assert config.stacked
+    for other in ("torchvision:resnet18", "timm:resnet18", "net.py:made"):
+        with pytest.raises(UserError, match="compare exchanges norms, which only bnkit's own models let it, got"):
+            CompareConfig(model=other)
+
+
 def test_same_configuration_same_numbers(digits):
     config = CompareConfig(steps=5, quick=True)
     first, second = (compare(config, digits) for _ in range(2))
