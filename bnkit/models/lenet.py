@@ -11,6 +11,7 @@ from ._init import Init, conv2d, linear
 from ._lenet_parts import CONNECTIONS, RBFOutput, ScaledTanh, Subsampling, TableConv2d, class_codes
 from ._norm import Norm, has_bias, norm_layers
 from ._registry import register
+from ._size import check_side
 
 _POOLS = {"max": nn.MaxPool2d, "average": nn.AvgPool2d}
 
@@ -47,7 +48,8 @@ class LeNet5(nn.Module):
         image_size: int = 28,
     ):
         super().__init__()
-        _check_side(image_size, "lenet5")
+        _check_image_size(image_size, "lenet5")
+        self.image_size = image_size
         if pool not in _POOLS:
             raise unknown("pool", pool, _POOLS)
         bias = norm == "none"
@@ -68,6 +70,7 @@ class LeNet5(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        check_side(x, self.image_size, "lenet5")
         return self.classifier(torch.flatten(self.features(x), 1))
 
 
@@ -111,7 +114,8 @@ class LeNet1998(nn.Module):
         image_size: int = 32,
     ):
         super().__init__()
-        _check_side(image_size, "lenet5_1998")
+        _check_image_size(image_size, "lenet5_1998")
+        self.image_size = image_size
         if output not in ("rbf", "linear"):
             raise unknown("output", output, ("rbf", "linear"))
         bias = has_bias(norm)
@@ -136,6 +140,7 @@ class LeNet1998(nn.Module):
             self.classifier = linear(84, num_classes, bias=True, init=init)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        check_side(x, self.image_size, "lenet5_1998")
         return self.classifier(self.features(x))
 
 
@@ -160,7 +165,7 @@ def rbf_loss(negative_distances: torch.Tensor, target: torch.Tensor, j: float | 
     return (y + torch.cat([rubbish, negative_distances], 1).logsumexp(1)).mean()
 
 
-def _check_side(image_size: int, model: str) -> None:
+def _check_image_size(image_size: int, model: str) -> None:
     require(
         image_size in (28, 32),
         f"{model} takes images of 28 or 32 pixels a side, got image_size={image_size}: "

@@ -11,6 +11,7 @@ from .._checks import require
 from ._init import Init, linear
 from ._norm import Norm, norm_layers
 from ._registry import register
+from ._size import check_values
 
 
 class MLP(nn.Module):
@@ -50,6 +51,7 @@ class MLP(nn.Module):
             all(isinstance(units, int) and units > 0 for units in hidden),
             f"hidden must be positive integers, got {hidden!r}: pass one number of units a layer, such as (100, 100).",
         )
+        self.image_shape = (in_channels, image_size, image_size)
         layers: list[nn.Module] = [nn.Flatten()]
         width = in_channels * image_size**2
         for units in hidden:
@@ -60,6 +62,7 @@ class MLP(nn.Module):
         self.classifier = linear(width, num_classes, bias=True, init=init)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        check_values(x, self.image_shape, "mlp")
         return self.classifier(self.features(x))
 
 
