@@ -15,7 +15,7 @@ class Value:
     """The content of a tensor between two writes: writing in place makes another value.
 
     Attributes:
-        shape, dtype: of the tensor.
+        shape, dtype, strides: of the tensor; a sparse one has no strides.
         memory: stands for the memory in which it lies: views, and what is written in place, have one in common.
         maker: the operation whose result it is; None for inputs, parameters, buffers and constants.
         name: of the parameter or buffer it is; None for others.
@@ -27,6 +27,7 @@ class Value:
 
     shape: torch.Size
     dtype: torch.dtype
+    strides: tuple[int, ...] = ()
     maker: Operator | None = None
     memory: object = dataclasses.field(default_factory=object)
     name: str | None = None

@@ -7,6 +7,7 @@ import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -51,7 +52,7 @@ class Tape:
         self._values: Any = WeakTensorKeyDictionary()  # tensor -> (value, the tensor's version)
         self.held: dict[str, Value] = {}
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            self.held[name] = Value(tensor.shape, tensor.dtype, name=name)
+            self.held[name] = _value_of(tensor, name=name)
             self._hold(tensor, self.held[name])
 
     def begin(self, module: nn.Module, name: str, args: Any, kwargs: Any) -> None:
@@ -95,7 +96,7 @@ class Tape:
         for tensor in new:
             if not self._knows(tensor):  # a result that is also an argument comes twice
                 memory = memories.setdefault(_storage(tensor), object())
-                self._hold(tensor, Value(tensor.shape, tensor.dtype, operator, memory))
+                self._hold(tensor, _value_of(tensor, maker=operator, memory=memory))
         operator.outputs = tuple(dict.fromkeys(map(self.value, new)))
         return result
 
@@ -112,7 +113,7 @@ class Tape:
         if not self._knows(tensor):  # from outside, or written through another tensor with the same memory
             before = self._values.get(tensor)
             memory = before[0].memory if before else object()
-            self._hold(tensor, Value(tensor.shape, tensor.dtype, memory=memory))
+            self._hold(tensor, _value_of(tensor, memory=memory))
         return self._values[tensor][0]
 
     def finish(self, output: Any) -> None:
@@ -139,6 +140,11 @@ class Tape:
 
     def _with_values(self, arguments: Any) -> Any:
         return tree_map_only(Tensor, self.value, arguments)
+
+
+def _value_of(tensor: Tensor, **facts: Any) -> Value:
+    strides = tensor.stride() if tensor.layout is torch.strided else ()
+    return Value(tensor.shape, tensor.dtype, strides, **facts)
 
 
 def _version(tensor: Tensor) -> int:

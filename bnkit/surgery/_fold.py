@@ -13,6 +13,7 @@ from .._checks import UserError, require
 from .._modes import evaluating
 from ..graph import Call, Forward, Record, record
 from ._fold_plan import Planner, affine_of_call
+from ._layout import restored_format
 from ._norms import affine_of, is_batch_norm, is_known, remainder_of, uses_running_statistics
 from ._operation import Operation, check_unwrapped, copied
 from ._remainder import AddAndActivate, ChannelAffine
@@ -45,9 +46,10 @@ def fold(
     The model runs once on `example`, which tells what feeds what. Each batch norm goes into what made its input: a
     convolution of any dimension, transposed or grouped, a linear layer, another batch norm, each part of a
     concatenation or sum; or else into all convolutions and linear layers that read its output. In its place stands
-    an `nn.Identity`, or what else it did: its activation, its addition of a residual. Other keys of the `state_dict`
-    stay; layers without a bias get one. The arithmetic is done in float64 and stored in the weight's type. What is
-    refused is tried again once others are gone, on a record of what came out, until nothing changes.
+    an `nn.Identity`, or what else it did: its activation, its addition of a residual, a copy where it made a
+    transposed input dense. Other keys of the `state_dict` stay; layers without a bias get one. The arithmetic is done
+    in float64 and stored in the weight's type. What is refused is tried again once others are gone, on a record of
+    what came out, until nothing changes.
 
     What is folded is the model in eval mode, whatever mode it is in, and the result is in eval mode. Left alone, with
     the reason in `skipped`: a batch norm or layer that runs more than once, whose weight is shared, computed
@@ -179,7 +181,7 @@ def _make_rest_affine(
             calls = _calls(module, facts)
         except Refused:
             continue
-        _make_affine(operation, module, adds=any(len(call.inputs) > 1 for call in calls))
+        _make_affine(operation, module, calls)
         changed[name] = f"made affine: {skipped.pop(name)}"
 
 
@@ -233,10 +235,11 @@ def _check_own_tensors(module: nn.Module, calls: list[Call], facts: Record) -> N
 def _fold_one(operation: Operation, planner: Planner, call: Call) -> str:
     module, affine = call.module, affine_of_call(call)
     remainder = remainder_of(module, adds=len(call.inputs) > 1)
+    alone = isinstance(remainder, nn.Identity)
     try:
         steps = planner.into_makers(call.inputs[0], affine, call)
     except Refused as refusal:
-        if not isinstance(remainder, nn.Identity):
+        if not alone:
             raise
         try:
             steps = planner.into_readers(call.outputs[0], affine, call)
@@ -246,11 +249,21 @@ def _fold_one(operation: Operation, planner: Planner, call: Call) -> str:
         step.apply(operation)
     targets = [step.target for step in steps if step.target != "padding"]
     if len(targets) == len(steps):
-        _put(operation, module, remainder)
-        if isinstance(remainder, nn.Identity):
+        _put(operation, module, _in_its_place(remainder, call))
+        if alone:
             planner.folded.add(module)
         return f"folded into {', '.join(targets)}"
     return f"folded into {', '.join(targets)}, which pads here"
+
+
+def _in_its_place(remainder: nn.Module, call: Call) -> nn.Module:
+    """The remainder as something that can be called as the batch norm was, and lays its output out as that did."""
+    layout, (args, kwargs) = restored_format(call.inputs[0], call.outputs[0]), call.arguments
+    if isinstance(remainder, nn.Identity) and (layout is not None or len(args) + len(kwargs) > 1):
+        remainder = AddAndActivate(None)
+    if isinstance(remainder, AddAndActivate):
+        remainder.layout = layout
+    return remainder
 
 
 def _put(operation: Operation, old: nn.Module, new: nn.Module) -> None:
@@ -258,11 +271,13 @@ def _put(operation: Operation, old: nn.Module, new: nn.Module) -> None:
     operation.swap(old, new)
 
 
-def _make_affine(operation: Operation, module: nn.Module, adds: bool) -> None:
+def _make_affine(operation: Operation, module: nn.Module, calls: list[Call]) -> None:
     scale, shift = affine_of(module)
     mean: Tensor = module.running_mean  # pyright: ignore[reportAssignmentType]
     affine = ChannelAffine(scale.to(mean.dtype), shift.to(mean.dtype), like=module)
-    remainder = remainder_of(module, adds)
+    formats = (restored_format(call.inputs[0], call.outputs[0]) for call in calls)
+    affine.layout = next((format for format in formats if format is not None), None)
+    remainder = remainder_of(module, adds=any(len(call.inputs) > 1 for call in calls))
     if isinstance(remainder, AddAndActivate):
         affine.activation = remainder.activation
     elif not isinstance(remainder, nn.Identity):

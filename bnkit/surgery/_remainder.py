@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -13,7 +14,12 @@ class AddAndActivate(nn.Module):
 
     Args:
         activation: A name that `bnkit.nn.BatchNorm2d` takes, or None.
+
+    Attributes:
+        layout: The memory format of the result; None leaves it to the input's.
     """
+
+    layout: torch.memory_format | None = None
 
     def __init__(self, activation: str | None) -> None:
         super().__init__()
@@ -22,7 +28,8 @@ class AddAndActivate(nn.Module):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """activation(input + residual), of the input's shape."""
         y = input if residual is None else input + residual
-        return y if self.activation is None else ACTIVATIONS[self.activation](y)
+        y = y if self.activation is None else ACTIVATIONS[self.activation](y)
+        return y if self.layout is None else y.contiguous(memory_format=self.layout)
 
     def extra_repr(self) -> str:
         """The activation's name."""

@@ -252,3 +252,11 @@ def test_what_is_written_through_another_tensor_stays_in_its_memory():
     conv, *_, relu = facts.operators
     assert relu.inputs[0] is not conv.outputs[0]
     assert relu.inputs[0].memory is conv.outputs[0].memory
+
+
+def test_strides_are_known_but_of_sparse_values():
+    _, facts = recorded(lambda m, x: m.conv(x).transpose(1, 2).to_sparse())
+    conv, transpose, sparse = (operator.outputs[0] for operator in facts.operators)
+    assert conv.strides == (48, 16, 4, 1)
+    assert transpose.strides == (48, 4, 16, 1)
+    assert sparse.strides == ()
