@@ -35,7 +35,7 @@ from bnkit.report import Table, print_table
 ROOT = Path(__file__).parents[1]
 TESTS = {
     "cpu": ["tests/ops/test_cpu.py", "tests/ops/test_cpu_threads.py", "tests/ops/test_cpu_masks.py"],
-    "cuda": ["tests/ops/test_cuda.py"],
+    "cuda": ["tests/ops/test_cuda.py", "tests/ops/test_cuda_streams.py"],
 }
 QUICK_TESTS = {
     "cpu": "test_shapes or test_activations or mean_far or by_value or same_bits_as_with_the_residual",

@@ -5,18 +5,16 @@ Uninitialized memory is NaN throughout, so a value that no kernel wrote shows.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib
 import itertools
-import os
-import sys
 import types
 from collections.abc import Iterator
 
 import oracle
 import pytest
 import torch
+from _interpreter import interpreted
 from oracle import Case, make_case
 from torch import Tensor
 
@@ -24,25 +22,6 @@ from bnkit import functional
 from bnkit.ops import cuda, dispatch
 
 pytest.importorskip("triton", reason="Triton is not installed")
-
-
-@contextlib.contextmanager
-def interpreted() -> Iterator[None]:
-    """Triton as its interpreter has it, whether or not something (`torch.compile`, say) has imported it before."""
-
-    def modules() -> dict[str, types.ModuleType]:
-        ours = ("bnkit.ops._triton_", "triton.")
-        names = [n for n in sys.modules if n == "triton" or (n.startswith(ours) and not n.startswith("triton._C"))]
-        return {name: sys.modules.pop(name) for name in names}
-
-    before = modules()
-    os.environ["TRITON_INTERPRET"] = "1"
-    try:
-        yield
-    finally:
-        del os.environ["TRITON_INTERPRET"]
-        modules()
-        sys.modules.update(before)
 
 
 @pytest.fixture(params=["interpreted", "compiled"], scope="module")
@@ -151,6 +130,19 @@ def test_half_precision(device, dtype, layout):
             (5, 3, 7, 5), dtype=dtype, layout=layout, training=training, activation=activation, residual=True
         )
         check(case, device, f"training={training} activation={activation}")
+
+
+@pytest.mark.parametrize("activation", oracle.ACTIVATIONS)
+@pytest.mark.usefixtures("path")
+def test_activations_in_bfloat16(device, activation):
+    check(make_case((3, 2, 5), dtype=torch.bfloat16, activation=activation, residual=True), device)
+
+
+@pytest.mark.parametrize("shape", [(2, 513), (2, 513, 2, 2), (3000, 2, 1, 1)], ids=str)
+@pytest.mark.usefixtures("path")
+def test_many_channels_and_many_samples(device, shape):
+    """One channel more than fills whole tiles; more samples than a program has."""
+    check(make_case(shape, activation="relu", residual=True), device)
 
 
 @pytest.mark.usefixtures("path")
