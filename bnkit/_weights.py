@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -49,7 +50,23 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is not a whole safetensors file ({error}): fetch or save it again.") from error
+        lacking = _broken_off(path)
+        why = f", it lacks {_some(lacking)}" if lacking else f" ({error})"
+        raise UserError(f"{path} is not a whole safetensors file{why}: fetch or save it again.") from error
+
+
+def _broken_off(path: Path) -> list[str]:
+    """The tensors that a safetensors file's header names and the file ends before; none where the header is damaged."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        held = path.stat().st_size - 8 - size
+        if held < 0:
+            return []
+        try:
+            entries = json.loads(file.read(size))
+            return [name for name, entry in entries.items() if entry.get("data_offsets", (0, 0))[1] > held]
+        except (ValueError, AttributeError, LookupError, TypeError, RecursionError):  # JSON of anything
+            return []
 
 
 def _read_torch(path: Path) -> Any:

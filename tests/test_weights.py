@@ -175,3 +175,20 @@ def test_text_in_place_of_a_checkpoint_is_not_taken_for_a_pickle(tmp_path, text)
     (tmp_path / "weights.pt").write_text(text)
     with pytest.raises(UserError, match="is not a whole checkpoint"):
         read_weights(tmp_path / "weights.pt")
+
+
+def test_a_safetensors_file_that_breaks_off_names_what_it_lacks(tmp_path: Path):
+    path = tmp_path / "w.safetensors"
+    save_weights(nn.Sequential(*[nn.Linear(30, 30) for _ in range(4)]), path)
+    content = path.read_bytes()
+    path.write_bytes(content[:-5000])
+    message = (
+        r"w.safetensors is not a whole safetensors file, it lacks 2\.weight, 3\.bias, 3\.weight: fetch or save it again"
+    )
+    with pytest.raises(UserError, match=message):
+        read_weights(path)
+    # Where the list of the tensors is damaged too, nothing is known of them.
+    for damaged in (content[:50], content[:4], content[:8] + b"[" * (len(content) - 8), content[:8] + b"{}" * 9000):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"w.safetensors is not a whole safetensors file \(.*\): fetch or save"):
+            read_weights(path)
