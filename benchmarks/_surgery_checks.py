@@ -29,13 +29,15 @@ def pickles(model: nn.Module, folded: nn.Module, example: Any, forward: Forward 
 def converts(model: nn.Module, folded: nn.Module, example: Any, forward: Forward | None) -> str:
     """Whether all batch norms become each kind, and again what they were: classes, `state_dict` and outputs to the bit.
 
-    To plain torch.nn go those that apply no activation.
+    To plain torch.nn go those that apply no activation; those with one that bnkit's layers lack stay as they are.
     """
     expected = _outputs(model, example, forward)
     for kind in (*KINDS, "torch"):
         there = surgery.convert(model, kind)
-        if kind in KINDS and there.skipped:
-            (reason, count), *_ = collections.Counter(there.skipped.values()).most_common(1)
+        # Left alone by right: a layer with an activation of its own that bnkit's do not apply.
+        left = collections.Counter(why for why in there.skipped.values() if not why.startswith("applies a "))
+        if kind in KINDS and left:
+            (reason, count), *_ = left.most_common(1)
             return f"{kind} leaves {count}: {reason}"
         if kind in KINDS and not there.changed:
             return f"{kind} changes nothing"
