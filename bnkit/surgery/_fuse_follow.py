@@ -36,7 +36,7 @@ def following(call: Call, facts: Record) -> Following:
     reader = _only_reader(value, call, facts)
     if reader is None:
         return Following()
-    residual = _residual(reader, value, call)
+    residual = _residual(reader, value, call, facts)
     if residual is None:
         activation = activation_of(reader)
         return Following(activation, reader) if activation else Following()
@@ -74,7 +74,7 @@ def _only_reader(value: Value, call: Call | None, facts: Record) -> Operator | N
     return readers[0]
 
 
-def _residual(reader: Operator, value: Value, call: Call) -> Value | None:
+def _residual(reader: Operator, value: Value, call: Call, facts: Record) -> Value | None:
     """The other term of an addition that is `value` + another of its shape; None if it is something else."""
     if reader.name not in ("add", "iadd") or len(reader.inputs) != 2 or reader.argument(2, "alpha", 1) != 1:
         return None
@@ -83,5 +83,7 @@ def _residual(reader: Operator, value: Value, call: Call) -> Value | None:
     # Written in place, the other term would change for whoever else reads it; the input has to wait for the addition.
     in_place = reader.function.__name__ in ("add_", "__iadd__") and first is not value
     alone = all(call.contains(other_reader) for other_reader in call.inputs[0].readers) and not call.inputs[0].escapes
+    start = value.maker.index if value.maker is not None else 0
+    alone &= not any(call.inputs[0].memory in operator.writes for operator in facts.operators[start : reader.index])
     same = other.shape == value.shape and other.dtype == value.dtype and other is not value
     return other if same and alone and not in_place else None

@@ -500,3 +500,21 @@ def test_a_norm_stays_ahead_of_a_write_to_its_input():
         result = fuse(model, x)  # whose own backward pass fails: the batch norm has saved its input
     assert result.changed == {"bn": "BatchNorm2d with relu"}
     torch.testing.assert_close(result.model(x), model(x))
+
+
+def test_an_input_overwritten_through_a_view_does_not_wait_for_the_addition():
+    class Aliased(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            h = self.conv(x)
+            y = self.bn(h.flatten(2).unflatten(2, h.shape[2:]))
+            return y + h.mul_(2)
+
+    model, x = Aliased().eval(), torch.randn(2, 3, 4, 4)
+    with pytest.warns(UserWarning, match="in eval mode alone"):
+        result = fuse(model, x)
+    assert result.changed == {"bn": "BatchNorm2d"}
+    torch.testing.assert_close(result.model(x), model(x))

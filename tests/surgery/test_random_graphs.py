@@ -90,7 +90,7 @@ class Random(nn.Module):
             "relu_": lambda: F.relu(x, inplace=True),
             "silu": lambda: F.silu(x),
             "add": lambda: x + other,
-            "add_": lambda: x.add_(0.1 * other) if x is not other else x * 2,
+            "add_": lambda: x.add_(0.1 * other),
             "pool": lambda: F.avg_pool2d(x, 3, 1, 1),
             "view": lambda: x.flatten(2).unflatten(2, x.shape[2:]),
             "again": lambda: x,
