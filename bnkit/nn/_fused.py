@@ -16,6 +16,8 @@ ACTIVATION_MODULES: dict[str, type[nn.Module]] = {
 }
 """The module that does, by itself, what a layer with `activation=` that name does."""
 
+_TIMMS = {"GELU": "gelu", "HardSwish": "hardswish", "Sigmoid": "sigmoid", "Swish": "silu", "Tanh": "tanh"}
+
 
 class Fused(nn.Identity):
     """Stands where an activation was, behind a layer that adds the residual and activates by itself.
@@ -37,4 +39,7 @@ def activation_name(module: nn.Module) -> str | None:
         return None
     if getattr(module, "alpha", 1.0) != 1.0:
         return None
-    return next((name for name, kind in ACTIVATION_MODULES.items() if type(module) is kind), None)
+    kind = type(module)
+    if kind.__module__ == "timm.layers.activations":
+        return _TIMMS.get(kind.__name__)
+    return next((name for name, known in ACTIVATION_MODULES.items() if kind is known), None)

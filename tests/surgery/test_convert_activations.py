@@ -147,6 +147,16 @@ def test_timms_layers_with_an_activation():
     torch.testing.assert_close(new(x), F.group_norm(F.silu(F.group_norm(x, 2)), 2).relu())
 
 
+@pytest.mark.parametrize("name", ["GELU", "HardSwish", "Sigmoid", "Swish", "Tanh"])
+def test_timms_own_activations(name: str):
+    act = getattr(timm.layers.activations, name)
+    model, x = nn.Sequential(timm.layers.BatchNormAct2d(3, act_layer=act)).eval(), images(2, 3, 4, 4)
+    for result in (convert(model, "batch", example=x), convert(model, "frozen"), fuse(model, x)):
+        assert result.skipped == {}
+        torch.testing.assert_close(result.model(x), model(x))
+    assert type(convert(convert(model, "batch").model, timm.layers.BatchNormAct2d).model[0]) is type(model[0])
+
+
 def stack(norm=nn.BatchNorm2d) -> nn.Sequential:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), norm(4), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 1), norm(4), nn.SiLU())
     return randomized(model)
