@@ -2,11 +2,12 @@
 
 from . import data, experiments, functional, models, moments, nn, population, report, surgery, train
 from ._allocator import tune_allocator
-from ._checks import UserError
+from ._checks import FailedCheck, UserError
 from .population import adapt, average, preserve_statistics, recalibrate
 from .surgery import convert, fold, freeze, fuse, insert, unfreeze
 
 __all__ = [
+    "FailedCheck",
     "UserError",
     "adapt",
     "average",

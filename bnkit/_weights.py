@@ -57,16 +57,14 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _broken_off(path: Path) -> list[str]:
     """The tensors that a safetensors file's header names and the file ends before; none where the header is damaged."""
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        held = path.stat().st_size - 8 - size
-        if held < 0:
-            return []
-        try:
-            entries = json.loads(file.read(size))
-            return [name for name, entry in entries.items() if entry.get("data_offsets", (0, 0))[1] > held]
-        except (ValueError, AttributeError, LookupError, TypeError, RecursionError):  # JSON of anything
-            return []
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            held = path.stat().st_size - 8 - size
+            entries = json.loads(file.read(size)) if held >= 0 else {}
+        return [name for name, entry in entries.items() if entry.get("data_offsets", (0, 0))[1] > held]
+    except (OSError, ValueError, AttributeError, LookupError, TypeError, RecursionError):  # JSON of anything
+        return []
 
 
 def _read_torch(path: Path) -> Any:

@@ -56,7 +56,3 @@ def main() -> None:
     """The entry point of the `bnkit` command."""
     tune_allocator()
     app()
-
-
-if __name__ == "__main__":
-    main()

@@ -25,8 +25,14 @@ X = torch.zeros(4, 3)
         (lambda: bnkit.functional.batch_norm(X, None, None, training=True, activation=F.relu), "got <function relu"),
         (lambda: bnkit.recalibrate(nn.BatchNorm1d(3), X, method=3), "method must be a name, got 3: .*pooled"),
         (lambda: bnkit.models.create(3), "model must be a name, got 3: .*vgg11"),
+        (lambda: bnkit.models.create("vgg11", norm=3), "norm must be a name, got 3: .*batch"),
+        (
+            lambda: bnkit.insert(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), X, norm=3),
+            "norm must be a name, got 3: .*batch",
+        ),
+        (lambda: bnkit.experiments.CompareConfig(model=3), "model must be a name, got 3: .*vgg11"),
     ],
-    ids=["layer", "function", "recalibrate", "model"],
+    ids=["layer", "function", "recalibrate", "model", "norm", "insert", "compare"],
 )
 def test_what_is_no_string(call: Callable[[], object], words: str) -> None:
     with pytest.raises(bnkit.UserError, match=words):

@@ -18,7 +18,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 def bnkit(*arguments, cwd=None, **options):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     return subprocess.run(
-        [sys.executable, "-m", "bnkit.cli", *map(str, arguments)],
+        [sys.executable, "-m", "bnkit", *map(str, arguments)],
         capture_output=True, text=True, cwd=cwd, env=environment, timeout=300, **options,
     )  # fmt: skip
 
@@ -157,7 +157,7 @@ def heed_interrupts():
 
 def start(*arguments, out):
     return subprocess.Popen(
-        [sys.executable, "-m", "bnkit.cli", "compare", *arguments, "--out", str(out)],
+        [sys.executable, "-m", "bnkit", "compare", *arguments, "--out", str(out)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

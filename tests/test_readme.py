@@ -31,6 +31,6 @@ def test_compare_commands_run(command, tmp_path):
     """In small: the README's command with fewer steps."""
     arguments = [part for part in shlex.split(command)[1:] if part]
     short = [*arguments, "--out", str(tmp_path), "--steps", "10", "--grid-steps", "5"]
-    done = subprocess.run([sys.executable, "-m", "bnkit.cli", *short], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "bnkit", *short], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "report.html").exists()

@@ -192,3 +192,16 @@ def test_a_safetensors_file_that_breaks_off_names_what_it_lacks(tmp_path: Path):
         path.write_bytes(damaged)
         with pytest.raises(UserError, match=r"w.safetensors is not a whole safetensors file \(.*\): fetch or save"):
             read_weights(path)
+
+
+def test_a_safetensors_file_that_can_not_be_read(tmp_path, monkeypatch):
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(b"")
+
+    def refused(*_, **__):
+        raise PermissionError("not yours")
+
+    monkeypatch.setattr(type(path), "open", refused)
+    monkeypatch.setattr("safetensors.torch.load_file", refused)
+    with pytest.raises(UserError, match="not a whole safetensors file"):
+        read_weights(path)

@@ -77,6 +77,8 @@ class CompareConfig:
     skip_corrupt: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.model, str):
+            raise unknown("model", self.model, models.list())
         library, _, name = self.model.rpartition(":")
         require(
             library in ("", "bnkit"),

@@ -26,5 +26,5 @@ def activation_layer(activation: Activation) -> nn.Module:
             )
         return layer
     if activation not in ACTIVATION_MODULES:
-        raise unknown("activation", str(activation), ACTIVATION_MODULES)
+        raise unknown("activation", activation, ACTIVATION_MODULES)
     return ACTIVATION_MODULES[activation]()

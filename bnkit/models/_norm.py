@@ -104,7 +104,7 @@ def norm_layer(norm: Norm, num_features: int, *, dims: int = 2) -> nn.Module:
         )
         return layer
     if norm not in _NORMS:
-        raise unknown("norm", str(norm), _NORMS)
+        raise unknown("norm", norm, _NORMS)
     return _NORMS[norm](num_features, dims)
 
 
@@ -116,7 +116,7 @@ def norms() -> list[str]:
 def check_placement(placement: str) -> None:
     """Raise unless the norm goes `"before"` or `"after"` the activation."""
     if placement not in _PLACEMENTS:
-        raise unknown("placement", str(placement), _PLACEMENTS)
+        raise unknown("placement", placement, _PLACEMENTS)
 
 
 def has_bias(norm: Norm, placement: str = "before") -> bool:

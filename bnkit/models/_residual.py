@@ -40,7 +40,7 @@ class Style:
 
     def __post_init__(self) -> None:
         if self.shortcut not in _SHORTCUTS:
-            raise unknown("shortcut", str(self.shortcut), _SHORTCUTS)
+            raise unknown("shortcut", self.shortcut, _SHORTCUTS)
 
     def conv(self, in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
         """A convolution that keeps the size of the maps, or divides it by `stride`."""

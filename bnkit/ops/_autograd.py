@@ -41,6 +41,7 @@ class _BatchNorm(torch.autograd.Function):
             return *_differentiable_gradients(ctx, dy, needs), None
         x, mean, invstd, weight, bias, kept = ctx.saved_tensors
         backend, _, _, training, _, _, activation = ctx.call
+        kept = _as_kept(kept, x)
         return *backend.backward(dy, x, mean, invstd, weight, bias, training, activation, kept, needs), None
 
 
@@ -73,16 +74,25 @@ def _is_checkpointed() -> bool:
     One of the two passes may be seen by a dispatch mode, under which there are no masks.
     """
     hooks = _top_saved_tensors_default_hooks(False)
-    return hooks is not None and hooks[0].__module__ == checkpointing.__name__
+    return hooks is not None and getattr(hooks[0], "__module__", None) == checkpointing.__name__
+
+
+def _as_kept(kept: Tensor | None, x: Tensor) -> Tensor | None:
+    """A mask as bytes again, where hooks have saved all in another type. It has another shape than a residual."""
+    if kept is None or kept.dtype is torch.uint8 or kept.shape == x.shape:
+        return kept
+    return kept.to(torch.uint8)
 
 
 def _differentiable_gradients(ctx: Any, dy: Tensor, needs: tuple[bool, bool, bool, bool]) -> Gradients:
     """The gradients as functions of dy and of the inputs that autograd and transforms can follow: the reference's."""
-    x, mean, invstd, weight, bias, kept = saved_tensors = ctx.saved_tensors  # once: checkpointing allows no more
+    x, mean, invstd, weight, bias, kept = ctx.saved_tensors  # once: checkpointing allows no more
+    kept = _as_kept(kept, x)
     _, _, _, training, _, eps, activation = ctx.call
     residual = kept
     if kept is not None and kept.dtype is torch.uint8:  # a mask: relu's second derivative is 0
-        dy, activation, residual = dy.masked_fill(_passed(ctx, saved_tensors) == 0, 0), None, None
+        passed = _passed(ctx, (x, mean, invstd, weight, bias, kept))
+        dy, activation, residual = dy.masked_fill(passed == 0, 0), None, None
     saved = {"x": x, "residual": residual, "weight": weight, "bias": bias}
 
     def forward(inputs: dict[str, Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Surgery on finished networks: insert, fold, fuse."""
+"""Surgery on finished networks: insert, fold, fuse, convert, freeze and unfreeze."""
 
 from ._convert import convert
 from ._fold import fold

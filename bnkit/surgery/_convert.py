@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from .. import nn as layers
-from .._checks import UserError, require, unknown
+from .._checks import FailedCheck, UserError, require, unknown
 from ..graph import Forward
 from ._graft import OURS, activation_of, dimensions_of, grafted, is_again, loses
 from ._norms import is_batch_norm, is_batch_norm_class, is_known
@@ -83,7 +83,8 @@ def convert(
         inplace: change `model` itself, and nothing if anything fails.
         example: an input to verify on: no old layer may run any more, and for the kinds that keep statistics the
             outputs in eval mode must agree. So must outputs, gradients and statistics of a step of training where
-            all layers were and become `torch.nn`'s or `bnkit.nn`'s `BatchNorm1d`, `2d` or `3d`.
+            all layers were and become `torch.nn`'s or `bnkit.nn`'s `BatchNorm1d`, `2d` or `3d`, if the model can train
+            on it.
         forward: `forward(model, example)`, how to call the model.
         tolerance: how far outputs may differ, relative to the largest; default 1e-4 for float32.
         options: arguments of the new layers, such as `ghost_size=16`, `process_group=`, or `groups=` of "group" (32;
@@ -100,7 +101,8 @@ def convert(
     require(dims in (None, 1, 2, 3), f"dims must be 1, 2 or 3, got {dims}: 2 is for images.")
     _check_options(to, options)
     before = None if example is None else run_in_eval(model, example, forward)
-    trains = None if example is None or to not in ("batch", "torch") else trained(model, example, forward)
+    plain = to in ("batch", "torch", *_PLAIN) and any(type(module) in _PLAIN for module in model.modules())
+    trains = trained(model, example, forward) if plain and example is not None else None
     originals = {} if inplace else dict(model.named_modules())  # a closure in a copy still holds them
     with Operation(model, inplace=inplace) as operation:
         seen = positions_seen(operation.model, example, forward) if to == "instance" and example is not None else {}
@@ -158,7 +160,8 @@ def _exchange(
         operation.swap(layer, new)
         old[layer], changed[name] = name, f"{type(layer).__name__} → {type(new).__name__}"
         if layer in behind and not isinstance(new, OURS):
-            activation = layers.ACTIVATION_MODULES[str(activation_of(layer))]().train(behind[layer].training)
+            kind = layers.ACTIVATION_MODULES.get(activation_of(layer) or "", nn.Identity)
+            activation = kind().train(behind[layer].training)
             operation.swap(behind[layer], activation)
             changed[name] += f", {type(activation).__name__} behind it"
     return old, changed, skipped
@@ -268,7 +271,7 @@ def _refused(old: Mapping[nn.Module, str]) -> Iterator[None]:
     """Refuse that layers run which were exchanged: what holds them has not been seen."""
 
     def refuse(name: str, *_: Any, **__: Any) -> None:
-        raise UserError(
+        raise FailedCheck(
             f"an exchanged layer must not run any more, but {name} does on the example: a closure, bound method or "
             "other object holds it too; nothing was changed. Hold it in an attribute, list or dict of a module."
         )

@@ -68,7 +68,8 @@ def fold(
             the batch norm would have made zero, in the batch norm's place.
         rest: What becomes of a batch norm that can't be folded: `"keep"` it, or make it `"affine"`, one
             multiplication and one addition a channel, if it runs several times too. It stays if it did not run,
-            has hooks, a forward of its own, shared or otherwise used tensors, or batch statistics.
+            has hooks, a forward of its own, shared or otherwise used tensors, or batch statistics, or makes some of
+            its inputs dense and others not.
         tolerance: Largest relative difference of outputs; None for 1e-4 in float32, 1e-9 in float64, 1e-2 in float16,
             5e-2 in bfloat16.
         inplace: Change `model` itself instead of a copy.
@@ -181,6 +182,8 @@ def _make_rest_affine(
             calls = _calls(module, facts)
         except Refused:
             continue
+        if len({restored_format(call.inputs[0], call.outputs[0]) for call in calls}) > 1:
+            continue
         _make_affine(operation, module, calls)
         changed[name] = f"made affine: {skipped.pop(name)}"
 
@@ -275,8 +278,7 @@ def _make_affine(operation: Operation, module: nn.Module, calls: list[Call]) -> 
     scale, shift = affine_of(module)
     mean: Tensor = module.running_mean  # pyright: ignore[reportAssignmentType]
     affine = ChannelAffine(scale.to(mean.dtype), shift.to(mean.dtype), like=module)
-    formats = (restored_format(call.inputs[0], call.outputs[0]) for call in calls)
-    affine.layout = next((format for format in formats if format is not None), None)
+    affine.layout = restored_format(calls[0].inputs[0], calls[0].outputs[0])
     remainder = remainder_of(module, adds=any(len(call.inputs) > 1 for call in calls))
     if isinstance(remainder, AddAndActivate):
         affine.activation = remainder.activation

@@ -75,8 +75,9 @@ def unfreeze(
     A layer follows the model's mode if that has changed in between. One that `fuse` has put an activation into since
     becomes a `BatchNorm1d`, `2d` or `3d`, which applies it.
 
-    Layers frozen otherwise stay so, unless `freeze` has frozen none of those that `where` means: then each becomes a
-    `BatchNorm1d`, `2d` or `3d`, and weight and bias of one that was built frozen need gradients.
+    Layers frozen otherwise stay so, unless `freeze` has frozen none of those that `where` means: then each becomes what
+    it was converted from, or a `BatchNorm1d`, `2d` or `3d`, and weight and bias of one that was built frozen need
+    gradients.
 
     Args:
         model: untouched, unless `inplace`.

@@ -62,7 +62,7 @@ def _take_up(graph: fx.Graph, block: nn.Module, norm: nn.Module, follows: Follow
     nodes = [node for node in graph.nodes if node.op == "call_module" and block.get_submodule(node.target) is norm]
     if len(nodes) != 1 or len(nodes[0].args) != 1 or nodes[0].kwargs:
         raise Refused("the forward around it calls it in an unusual way")
-    norm_node = last = nodes[0]
+    norm_node = last = added = nodes[0]
     residual: tuple[Any, ...] = ()
     if follows.added is not None:
         added = _only_user(norm_node)
@@ -73,8 +73,8 @@ def _take_up(graph: fx.Graph, block: nn.Module, norm: nn.Module, follows: Follow
         last = _only_user(last)
         if _activation(last, block) != follows.activation:
             raise Refused("the activation is not in the forward around it")
-    # Without a residual to wait for it stays where it was: what it reads may be written to behind it.
-    with graph.inserting_before(last if residual else norm_node):
+    # Where the addition was, or where it was itself: what it reads may be written to behind that.
+    with graph.inserting_before(added):
         new = graph.call_module(str(norm_node.target), (norm_node.args[0], *residual))
     last.replace_all_uses_with(new)
     while last is not norm_node:

@@ -205,5 +205,5 @@ def _make(norm: Norm, site: Site, weight: Tensor) -> Any:
 
 def _class_of(norm: str, site: Site) -> Callable[[int], nn.Module]:
     if norm not in _PER_DIMENSION | _ANY_DIMENSION:
-        raise unknown("norm", str(norm), _PER_DIMENSION | _ANY_DIMENSION)
+        raise unknown("norm", norm, _PER_DIMENSION | _ANY_DIMENSION)
     return getattr(bnkit_nn, _ANY_DIMENSION.get(norm) or f"{_PER_DIMENSION[norm]}{max(site.dims, 1)}d")

@@ -79,7 +79,7 @@ class ChannelPad(nn.Module):
         self.register_buffer("value", value)
         self.amounts = amounts
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, residual: None = None) -> Tensor:
         """The input in the middle, exactly, and `value` around it."""
         shape = (1, -1) + (1,) * (input.dim() - 2)
         outside = 1 - F.pad(input.new_ones((1, 1, *input.shape[2:])), self.amounts)

@@ -57,6 +57,8 @@ def run_changed(model: nn.Module, example: Any, forward: Forward | None, verb: s
     """
     try:
         return run_in_eval(model, example, forward)
+    except FailedCheck:
+        raise
     except Exception as error:
         # A `forward` may have put the error into words that make sense of a model as it was given.
         cause = error.__cause__ if isinstance(error, UserError) and error.__cause__ else error

@@ -119,7 +119,7 @@ class FitConfig:
             ("device", DEVICES),
         ):
             if getattr(self, name) not in choices:
-                raise unknown(name, str(getattr(self, name)), choices)
+                raise unknown(name, getattr(self, name), choices)
         Augmentation.parse(self.augment)
         self._check_relations()
 

@@ -29,7 +29,7 @@ def on_one_and_two(folder: Path, one: list[str], two: list[str]) -> tuple[str, s
     for name, launcher, command in (("one", [], one), ("two", TORCHRUN, two)):
         (folder / name).mkdir()
         done = subprocess.run(
-            [sys.executable, *launcher, "-m", "bnkit.cli", *command],
+            [sys.executable, *launcher, "-m", "bnkit", *command],
             capture_output=True,
             text=True,
             timeout=300,

@@ -122,3 +122,29 @@ def watch(function, watched: bool):
         return function()
     with FlopCounterMode(display=False):
         return function()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@needs_kernels
+def test_hooks_that_save_masks_too_in_another_type(layout):
+    """As numbers of half the bits a mask's bytes keep their values."""
+    case = make_case((8, 16, 12, 12), layout=layout, residual=True, activation="relu")
+    inputs = [leaf(case.x), leaf(case.residual)]
+    case.x, case.residual = inputs
+    upstream = torch.randn_like(case.x)
+    expected = torch.autograd.grad(batch_norm(case), inputs, upstream)
+    for low in (torch.float16, torch.bfloat16):
+        with saved_tensors_hooks(lambda t: t.to(low), lambda t: t.float()):  # noqa: B023 (called in this turn)
+            found = torch.autograd.grad(batch_norm(case), inputs, upstream)
+        assert torch.equal(found[1], expected[1]) or (found[1] != expected[1]).float().mean() < 0.01
+        torch.testing.assert_close(found[0], expected[0], atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+def test_hooks_that_are_methods_of_tensors(activation):
+    case = make_case((8, 16, 12, 12), residual=True, activation=activation)
+    case.x = leaf(case.x)
+    expected = torch.autograd.grad(batch_norm(case).square().sum(), case.x)
+    with saved_tensors_hooks(torch.Tensor.cpu, torch.Tensor.cpu):
+        y = batch_norm(case)
+    assert torch.equal(torch.autograd.grad(y.square().sum(), case.x)[0], expected[0])

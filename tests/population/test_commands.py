@@ -84,7 +84,7 @@ def test_statistics_that_are_nan_are_null_in_json(tmp_path):
 def test_two_processes_are_one(checkpoint, tmp_path):
     out = tmp_path / "after.pt"
     arguments = ["recalibrate", *MODEL, str(checkpoint), "--data", "digits", "--out", str(out), "--batch-size", "100"]
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "bnkit.cli"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "bnkit"]
     done = subprocess.run([sys.executable, *launch, *arguments], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     model = network(checkpoint)

@@ -255,3 +255,11 @@ def test_training_is_compared(monkeypatch):
     monkeypatch.setattr(bnkit.nn.BatchNorm2d, "forward", other)
     with pytest.raises(UserError, match="convert must leave training as it was"):
         convert(model, "batch", example=x)
+
+
+@pytest.mark.parametrize("to", ["torch", "group"])
+def test_an_activation_that_was_taken_away_does_not_come_back(to: str):
+    model = convert(created("resnet20", "batch"), "batch", activation=None).model
+    result = convert(model, to)
+    assert result.skipped == {}
+    assert type(result.model.act1) is nn.Identity

@@ -94,3 +94,33 @@ def test_a_residual_that_is_none(by_name):
     result = fold(model, x := values(5, 3))
     assert result.changed == {"bn": "folded into linear"}
     torch.testing.assert_close(result.model(x + 1), model(x + 1), rtol=1e-10, atol=1e-10)
+
+
+class Padded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.bn, self.last = nn.Conv2d(3, 4, 1), bnkit.nn.BatchNorm2d(4), nn.Conv2d(4, 2, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.bn(F.relu(self.first(x)), None))
+
+
+def test_a_residual_that_is_none_ahead_of_padding():
+    assert folded(Padded(), values(2, 3, 5, 5), padding="exact").changed == {"bn": "folded into last, which pads here"}
+
+
+class Both(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.bn, self.head = nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(20, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x).relu().transpose(1, 2)
+        return self.head(self.bn(y).view(len(x), -1)) + self.head(self.bn(y.contiguous()).view(len(x), -1))
+
+
+def test_a_norm_of_dense_and_of_transposed_values_stays():
+    model = settled_models.settled(Both(), seed=1)
+    result = fold(model, values(2, 5, 3), rest="affine")
+    assert result.changed == {}
+    assert result.skipped == {"bn": "it runs 2 times"}

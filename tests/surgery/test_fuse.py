@@ -518,3 +518,29 @@ def test_an_input_overwritten_through_a_view_does_not_wait_for_the_addition():
         result = fuse(model, x)
     assert result.changed == {"bn": "BatchNorm2d"}
     torch.testing.assert_close(result.model(x), model(x))
+
+
+class Doubling(nn.Module):
+    """Doubles what it has added, or what it has normalized, between the addition and the activation."""
+
+    def __init__(self, added: bool):
+        super().__init__()
+        self.conv, self.bn, self.added = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), added
+
+    def forward(self, x):
+        h = self.conv(x)
+        s = self.bn(h.flatten(2).unflatten(2, h.shape[2:])) + x
+        twice = (x if self.added else h).mul_(2)
+        return F.relu(s) + twice
+
+
+@pytest.mark.parametrize("added", [True, False])
+def test_an_addition_stays_ahead_of_a_write_to_its_terms(added):
+    def copied(model, x):
+        return model(x.clone())
+
+    model, x = Doubling(added).eval(), torch.randn(2, 3, 4, 4)
+    with torch.no_grad(), pytest.warns(UserWarning, match="in eval mode alone"):
+        result = fuse(model, x, forward=copied)
+    assert result.changed == {"bn": "BatchNorm2d with add and relu"}
+    torch.testing.assert_close(copied(result.model, x), copied(model, x))
