@@ -45,6 +45,11 @@ class Record:
         """The runs of one module."""
         return [call for call in self.calls if call.module is module]
 
+    def overwriting(self, value: Value, since: Value, before: Operator) -> Operator | None:
+        """The first operation that writes to `value`'s memory in place, from the maker of `since` up to `before`."""
+        start = since.maker.index if since.maker is not None else 0
+        return next((found for found in self.operators[start : before.index] if value.memory in found.writes), None)
+
 
 def record(model: nn.Module, example: Any, forward: Forward | None = None) -> Record:
     """Run `model` once on `example`, without gradients and in the mode it is in, and tell what happened.

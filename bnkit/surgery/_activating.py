@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from ..ops import ACTIVATIONS
+from ._remainder import add_and_activate
 
 
 class Activating(nn.Module):
@@ -22,9 +22,7 @@ class Activating(nn.Module):
         """activation(norm(input) + residual), of the input's shape."""
         if isinstance(input, fx.Proxy):
             return self._recorded_by_fx(input, residual)
-        y = super().forward(input)
-        y = y if residual is None else y + residual
-        return y if self.activation is None else ACTIVATIONS[self.activation](y)
+        return add_and_activate(super().forward(input), residual, self.activation)
 
     def _recorded_by_fx(self, input: Any, residual: Any) -> Any:
         """One call, as torch.fx records the classes of torch.nn."""

@@ -185,7 +185,7 @@ def replacement(
     `seen` is how many dimensions of positions the layers' inputs have, where that is known, and `behind` what stands
     in the place of the activations that layers have taken up.
     """
-    usual = dims or _usual_dimensions(model)
+    usual, seen, behind = dims or _usual_dimensions(model), seen or {}, behind or {}
 
     def replace(layer: nn.Module) -> nn.Module:
         if not is_known(layer):
@@ -193,10 +193,10 @@ def replacement(
         if "parametrizations" in layer._modules:
             raise Impossible("is parametrized")
         if to in _WITHOUT_STATISTICS:
-            over = places(layer, (seen or {}).get(layer, set()), dims, usual) if to == "instance" else 0
-            return without_statistics(layer, str(to), options, over, alone=layer in (behind or {}))
+            over = places(layer, seen.get(layer, set()), dims, usual) if to == "instance" else 0
+            return without_statistics(layer, str(to), options, over, alone=layer in behind)
         kind = to if isinstance(to, type) else _class_of(to, dimensions_of(layer), usual)
-        _check_possible(layer, kind, options, layer in (behind or {}))
+        _check_possible(layer, kind, options, layer in behind)
         return grafted(layer, kind, options, model)
 
     return replace

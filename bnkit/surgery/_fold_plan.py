@@ -167,10 +167,8 @@ class Planner:
             return
         if value.memory in reader.writes:
             raise Refused(f"its output is changed in place by {reader.name}")
-        start = result.maker.index if result.maker is not None else 0
-        for operator in self.record.operators[start : reader.index]:
-            if source.memory in operator.writes:
-                raise Refused(f"its input is overwritten by {operator.name} before {reader.name} reads its output")
+        if (writer := self.record.overwriting(source, since=result, before=reader)) is not None:
+            raise Refused(f"its input is overwritten by {writer.name} before {reader.name} reads its output")
 
     def _into_reading_weighted(
         self, value: Value, affine: Affine, reader: Operator, alone: bool, maker: Call

@@ -83,7 +83,6 @@ def _residual(reader: Operator, value: Value, call: Call, facts: Record) -> Valu
     # Written in place, the other term would change for whoever else reads it; the input has to wait for the addition.
     in_place = reader.function.__name__ in ("add_", "__iadd__") and first is not value
     alone = all(call.contains(other_reader) for other_reader in call.inputs[0].readers) and not call.inputs[0].escapes
-    start = value.maker.index if value.maker is not None else 0
-    alone &= not any(call.inputs[0].memory in operator.writes for operator in facts.operators[start : reader.index])
+    alone &= facts.overwriting(call.inputs[0], since=value, before=reader) is None
     same = other.shape == value.shape and other.dtype == value.dtype and other is not value
     return other if same and alone and not in_place else None

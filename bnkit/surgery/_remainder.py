@@ -9,6 +9,12 @@ from torch import Tensor, nn
 from ..ops import ACTIVATIONS
 
 
+def add_and_activate(y: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
+    """activation(y + residual)."""
+    y = y if residual is None else y + residual
+    return y if activation is None else ACTIVATIONS[activation](y)
+
+
 class AddAndActivate(nn.Module):
     """activation(x + residual): what `bnkit.nn.BatchNorm2d` does besides normalizing.
 
@@ -27,8 +33,7 @@ class AddAndActivate(nn.Module):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """activation(input + residual), of the input's shape."""
-        y = input if residual is None else input + residual
-        y = y if self.activation is None else ACTIVATIONS[self.activation](y)
+        y = add_and_activate(input, residual, self.activation)
         return y if self.layout is None else y.contiguous(memory_format=self.layout)
 
     def extra_repr(self) -> str:
