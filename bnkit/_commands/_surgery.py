@@ -58,7 +58,8 @@ def finish(result: Surgery, out: Path | None, as_json: bool, example: Tensor | N
     if out is not None:
         _write(result.model, out, example)
     if as_json:
-        facts = {"changed": result.changed, "skipped": result.skipped, "max_error": result.max_error}
+        names = ("changed", "skipped", "max_error", "training_error")
+        facts = {name: getattr(result, name) for name in names}
         print(json_module.dumps({**facts, "out": None if out is None else str(out)}, indent=2))
         return
     wrote = "" if out is None else f"\nWrote {out}."

@@ -12,14 +12,15 @@ from torch import Tensor, nn
 
 from .. import nn as bnkit_nn
 from .._checks import UserError, require, unknown
-from .._modes import buffers_kept, evaluating, hooked
+from .._modes import evaluating
 from ..graph import Forward, apart, apply, feed, record
 from ..moments import Moments, statistics_dtype
+from ._calibration import Witness, measure
 from ._insert_sites import Site, is_layer, returning_no_tensor, site_of
 from ._normed import Normed, NormedLast, normed_like
 from ._operation import Operation, check_unwrapped
 from ._result import Surgery
-from ._verify import check, check_has_values, relative_error, run_changed, tolerance_for
+from ._verify import check, check_has_values, relative_error, run_changed, run_in_training, tolerance_for
 from ._weighted import Refused
 from ._where import Where, selected
 
@@ -70,12 +71,13 @@ def insert(
         where: Behind which layers: names, shell patterns, types, or a predicate `(name, module) -> bool`.
         norm: `"batch"`, `"ghost"`, `"sync"`, `"frozen"` or `"renorm"`, or a function from the number of channels to a
             layer with running statistics, weight and bias, which moves to the device and type of the statistics.
-        tolerance: Largest relative difference of outputs on the first batch; see `fold`.
+        tolerance: Largest relative difference of outputs on the batches, as many as fit into 256 MiB; see `fold`.
         inplace: Change `model` itself instead of a copy.
         forward: `forward(model, batch)` runs the model in another way.
 
     Returns:
-        The new model in `.model`, in the mode of the one given; the layers changed in `.changed`.
+        The new model in `.model`, in the mode of the one given; the layers changed in `.changed`; in
+        `.training_error` how far it is from the original in training mode on the first batch.
 
     Raises:
         UserError: outputs differ by more than the tolerance, no batches, activations that are not finite, an unknown
@@ -87,10 +89,13 @@ def insert(
     check_has_values(model)
     with Operation(model, inplace=inplace) as operation:
         sites, skipped, output = _look(operation.model, first, run, where)
+        before = run_in_training(operation.model, first, run)
+        witness = Witness()
         with torch.random.fork_rng():  # the comparison is to draw the random numbers that the first run drew
-            moments = measure(operation.model, sites, batches, run) if batches is not None else {}
+            moments = measure(operation.model, sites, batches, run, witness) if batches is not None else {}
             changed = {site.name: _insert_behind(operation, site, norm, moments.get(site.module)) for site in sites}
         error = relative_error(run_changed(operation.model, first, run, "insert"), output)
+        error = max(error, witness.largest_error(operation.model, run, "insert"))
         check(error, tolerance_for(output, tolerance), "insert")
         if batches is None and sites:
             warnings.warn(
@@ -98,7 +103,9 @@ def insert(
                 "mode, where batches have other means and variances than 0 and 1; pass data=.",
                 stacklevel=4,  # behind the decorators
             )
-        return operation.result(changed, skipped, error)
+        after = run_in_training(operation.model, first, run)
+        training_error = None if before is None or after is None else relative_error(after, before)
+        return operation.result(changed, skipped, error, training_error)
 
 
 def _first_of(data: Iterable[Any] | None, example: Any) -> tuple[Iterator[Any] | None, Any]:
@@ -111,7 +118,7 @@ def _first_of(data: Iterable[Any] | None, example: Any) -> tuple[Iterator[Any] |
         first = next(batches)
     except StopIteration:
         raise UserError("insert needs at least one calibration batch, got none: check the loader.") from None
-    return itertools.chain([first], batches), first
+    return itertools.chain([first], batches), apart(first)  # a loader may fill the same tensors again
 
 
 def _look(
@@ -129,27 +136,6 @@ def _look(
         except Refused as refusal:
             skipped[name] = str(refusal)
     return sites, skipped, facts.output
-
-
-def measure(
-    model: nn.Module, sites: Iterable[Site], batches: Iterable[Any], forward: Forward
-) -> dict[nn.Module, Moments]:
-    """The moments of each site's outputs over all batches, in eval mode."""
-    moments: dict[nn.Module, Moments] = {}
-
-    def watch(site: Site) -> Any:
-        def add(module: nn.Module, args: Any, output: Tensor) -> None:
-            dims = range(output.dim() - 1) if site.linear else (0, *range(2, output.dim()))
-            found = Moments.of(output.detach(), tuple(dims))
-            moments[module] = moments[module].merge(found) if module in moments else found
-
-        # Ahead of others' hooks, which may replace the output: the norm comes before them too.
-        return site.module.register_forward_hook(add, prepend=True)
-
-    with evaluating(model), buffers_kept(model), torch.no_grad(), hooked(watch(site) for site in sites):
-        for batch in batches:
-            feed(model, apart(batch), forward)
-    return moments
 
 
 def _insert_behind(operation: Operation, site: Site, norm: Norm, moments: Moments | None) -> str:

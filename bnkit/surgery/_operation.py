@@ -108,10 +108,16 @@ class Operation:
         self._undo.append(lambda: write(before))
         write(value)
 
-    def result(self, changed: Mapping[str, str], skipped: Mapping[str, str], max_error: float | None) -> Surgery:
+    def result(
+        self,
+        changed: Mapping[str, str],
+        skipped: Mapping[str, str],
+        max_error: float | None,
+        training_error: float | None = None,
+    ) -> Surgery:
         """What the call returns. Changes made so far can no longer be taken back."""
         self._undo.clear()
-        return Surgery(self.model, dict(changed), dict(skipped), max_error, self._heirs)
+        return Surgery(self.model, dict(changed), dict(skipped), max_error, self._heirs, training_error)
 
 
 def check_initialized(model: nn.Module) -> None:

@@ -26,6 +26,8 @@ class Surgery:
         max_error: largest difference from the original model's outputs on the example, relative to the largest
             output; None where nothing was run.
         heirs: the counterpart of each parameter of the model given, in `model` or dropped from it.
+        training_error: the like of `max_error` in training mode, for `insert`, whose norms then use the batch's own
+            statistics; None where either model can't run so on the first batch.
     """
 
     model: nn.Module
@@ -33,6 +35,7 @@ class Surgery:
     skipped: dict[str, str]
     max_error: float | None = None
     heirs: Mapping[Any, nn.Parameter] = dataclasses.field(default_factory=dict)
+    training_error: float | None = None
 
     def rebind(self, optimizer: _Optimizer) -> _Optimizer:
         """Point an optimizer of the original model at the changed one, in place, and return it.
@@ -86,6 +89,7 @@ class Surgery:
 
     def __repr__(self) -> str:
         error = "" if self.max_error is None else f", max_error {self.max_error:.1e}"
+        error += "" if self.training_error is None else f", training_error {self.training_error:.1e}"
         lines = [f"Surgery: {len(self.changed)} changed, {len(self.skipped)} skipped{error}"]
         for title, entries in (("changed", self.changed), ("skipped", self.skipped)):
             rows = [(name or "(the model)", text) for name, text in entries.items()]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import FailedCheck, UserError
-from .._modes import buffers_kept, evaluating
+from .._modes import buffers_kept, evaluating, training_flags_kept
 from ..graph import Forward, apart, apply, feed, tensors_in
 from ._operation import check_initialized
 
@@ -67,6 +67,20 @@ def run_changed(model: nn.Module, example: Any, forward: Forward | None, verb: s
             f"{verb} must leave a model that runs, but it raises {words}; nothing was changed. Something in it may "
             "ask a replaced layer for what only that had: leave such layers out with where=."
         ) from error
+
+
+def run_in_training(model: nn.Module, example: Any, forward: Forward | None) -> list[Tensor] | None:
+    """The tensors of the model's output in training mode, without gradients; random numbers as in `run_in_eval`.
+
+    None if the model can't run so, as with one value a channel or a detector without targets, or not to finite values.
+    """
+    with training_flags_kept(model), buffers_kept(model), torch.no_grad(), torch.random.fork_rng():
+        try:
+            model.train()
+            outputs = [tensor.clone() for tensor in tensors_in(apply(model, apart(example), forward))]
+        except Exception:
+            return None
+    return outputs if all(bool(tensor.isfinite().all()) for tensor in outputs) else None
 
 
 def relative_error(found: Any, expected: Any) -> float:
