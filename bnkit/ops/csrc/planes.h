@@ -28,7 +28,8 @@ typedef struct {
     int64_t pieces; /* units a plane */
     int64_t units;  /* units a slab */
     int64_t bits;   /* bytes of a plane's mask */
-    int blocks, group, threads;
+    int64_t groups; /* of channels, which one thread sweeps together */
+    int blocks, threads;
     bool team;      /* threads share each channel, instead of having channels of their own */
 } planes;
 
@@ -54,12 +55,10 @@ static planes planes_of(int64_t outer, int64_t channels, int64_t inner, int thre
     p.blocks = (int)between(1, smaller(outer * inner / BLOCK_ELEMENTS, p.units), MAX_BLOCKS);
     const int64_t bytes = inner * (int64_t)sizeof(elem);
     const int64_t kept = between(GROUP_MIN_BYTES / bytes, GROUP_SLAB / (outer * bytes), GROUP_BYTES / bytes);
-    const int64_t shares = threads * ((channels - 1) / (threads * MAX_GROUP) + 1); /* the same for each thread */
-    const int64_t group = sweeps > 1 ? kept : (channels + shares - 1) / shares;
-    p.group = (int)between(1, group, MAX_GROUP);
+    const int64_t together = sweeps > 1 ? between(1, kept, MAX_GROUP) : MAX_GROUP; /* at most */
+    const int64_t rounds = (channels + together * threads - 1) / (together * threads);
+    p.groups = smaller(channels, rounds * threads); /* the same number for each thread */
     p.team = threads > 1 && channels < 4 * threads && p.blocks >= threads;
-    if (p.team)
-        p.group = 1;
     return p;
 }
 
@@ -109,9 +108,10 @@ INLINE double elements_between(const planes *p, int64_t begin, int64_t end)
             WORK(((share){c, 1, thread_rank(), team_size()}), &partial[c % 2]);                                        \
     } else {                                                                                                           \
         _Pragma("omp parallel for schedule(dynamic) num_threads((p).threads) if ((p).threads > 1)")                    \
-        for (int64_t c = 0; c < (p).channels; c += (p).group) {                                                        \
+        for (int64_t k = 0; k < (p).groups; k++) {                                                                     \
+            const int64_t c = (p).channels * k / (p).groups, after = (p).channels * (k + 1) / (p).groups;              \
             partials partial;                                                                                          \
-            WORK(((share){c, smaller((p).group, (p).channels - c), 0, 1}), &partial);                                  \
+            WORK(((share){c, after - c, 0, 1}), &partial);                                                             \
         }                                                                                                              \
     }
 
