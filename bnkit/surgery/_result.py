@@ -27,7 +27,7 @@ class Surgery:
             output; None where nothing was run.
         heirs: the counterpart of each parameter of the model given, in `model` or dropped from it.
         training_error: the like of `max_error` in training mode, for `insert`, whose norms then use the batch's own
-            statistics; None where either model can't run so on the first batch.
+            statistics; None where either model can't run so on the first batch, and among several processes.
     """
 
     model: nn.Module

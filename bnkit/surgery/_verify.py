@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .._checks import FailedCheck, UserError
@@ -72,8 +73,11 @@ def run_changed(model: nn.Module, example: Any, forward: Forward | None, verb: s
 def run_in_training(model: nn.Module, example: Any, forward: Forward | None) -> list[Tensor] | None:
     """The tensors of the model's output in training mode, without gradients; random numbers as in `run_in_eval`.
 
-    None if the model can't run so, as with one value a channel or a detector without targets, or not to finite values.
+    None if the model can't run so, as with one value a channel or a detector without targets, or not to finite values;
+    and where there are other processes, which layers that exchange statistics would wait for.
     """
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        return None
     with training_flags_kept(model), buffers_kept(model), torch.no_grad(), torch.random.fork_rng():
         try:
             model.train()

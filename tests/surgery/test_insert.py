@@ -9,8 +9,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import bnkit
 from bnkit import UserError
@@ -96,6 +98,16 @@ def test_the_difference_in_training_mode_is_measured(inplace):
 def test_where_training_mode_cannot_run_no_difference_is_reported():
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     assert insert(model, [torch.randn(1, 3), torch.randn(8, 3)]).training_error is None
+
+
+def test_insertion_waits_for_no_other_process():
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)  # in which collectives do nothing
+    try:
+        assert insert(model, torch.randn(8, 3), norm="sync").training_error is None
+    finally:
+        dist.destroy_process_group()
+    assert insert(model, torch.randn(8, 3), norm="sync").training_error is not None
 
 
 def test_outputs_are_compared_on_every_batch_that_is_kept(monkeypatch):
