@@ -1,11 +1,15 @@
-"""Context managers that put a model back as it was, exceptions or not: training flags, buffers, hooks. They nest."""
+"""Context managers that put a model back as it was, exceptions or not: training flags, buffers, hooks; and random
+generators. They nest.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Iterable, Iterator
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -65,3 +69,15 @@ def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
         for handle in handles:
             stack.callback(handle.remove)
         yield
+
+
+@contextlib.contextmanager
+def random_numbers_kept() -> Iterator[None]:
+    """Leave the generators of torch, numpy and Python as they were."""
+    python, arrays = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map
 
 from .._checks import UserError
 
@@ -70,15 +70,17 @@ def moved(batch: Any, device: torch.device | None) -> Any:
 
 
 def apart(example: Any) -> Any:
-    """`example` with tensors of its own, for a model may write to its input."""
+    """`example` with tensors of its own, for a model may write to its input. Any mapping becomes a dict."""
     own: dict[Tensor, Tensor] = {}
 
-    def copied(tensor: Tensor) -> Tensor:
-        if tensor not in own:
-            own[tensor] = tensor.detach().clone().requires_grad_(tensor.requires_grad)
-        return own[tensor]
+    def copied(part: Any) -> Any:
+        if isinstance(part, Mapping):
+            return {key: tree_map(copied, value) for key, value in part.items()}
+        if isinstance(part, Tensor) and part not in own:
+            own[part] = part.detach().clone().requires_grad_(part.requires_grad)
+        return own[part] if isinstance(part, Tensor) else part
 
-    return tree_map_only(Tensor, copied, example)
+    return tree_map(copied, example)
 
 
 def apply(model: nn.Module, example: Any, forward: Forward | None = None) -> Any:

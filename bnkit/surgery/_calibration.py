@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -13,33 +14,39 @@ from .._modes import buffers_kept, evaluating, hooked
 from ..graph import Forward, apart, feed, tensors_in
 from ..moments import Moments
 from ._insert_sites import Site
-from ._verify import relative_error, run_changed
+from ._verify import largest_values, relative_error, still_runs
 
 _KEPT_BYTES = 2**28
 
 
 class Witness:
-    """Batches and what a network made of them, of which as many are kept as fit into 256 MiB."""
+    """The first batches and what a network made of them, in eval mode: as many as fit into 256 MiB."""
 
     def __init__(self) -> None:
-        self._seen: list[tuple[int, Any, list[Tensor]]] = []
+        self._seen: list[tuple[Any, list[Tensor]]] = []
         self._left = _KEPT_BYTES
 
-    def note(self, index: int, batch: Any, output: Any) -> None:
-        """Keep copies of the `index`-th batch and of the output, which was made `drawing(index)`, if they fit."""
+    def note(self, batch: Any, output: Any) -> None:
+        """Keep copies, if they and all before them fit."""
         outputs = [tensor.detach() for tensor in tensors_in(output)]
-        size = sum(tensor.numel() * tensor.element_size() for tensor in (*tensors_in(batch), *outputs))
-        if size <= self._left:
-            self._left -= size
-            self._seen.append((index, apart(batch), apart(outputs)))
+        self._left -= sum(tensor.numel() * tensor.element_size() for tensor in (*tensors_in(batch), *outputs))
+        if self._left >= 0:
+            self._seen.append((apart(batch), apart(outputs)))
 
     def largest_error(self, model: nn.Module, forward: Forward, verb: str) -> float:
-        """`relative_error` of a changed model's outputs on the batches kept, in eval mode."""
-        errors = [0.0]
-        for index, batch, outputs in self._seen:
-            with drawing(index):
-                errors.append(relative_error(run_changed(model, batch, forward, verb), outputs))
-        return max(errors)
+        """How far a changed model's outputs are from those, relative to the largest in any batch.
+
+        The batches run in their order, each on the buffers that the one before left.
+        """
+        largest = [largest_values(outputs) for _, outputs in self._seen]
+        floors = [max(values) for values in itertools.zip_longest(*largest, fillvalue=0.0)]
+        error = 0.0
+        with evaluating(model), buffers_kept(model), torch.no_grad():
+            for index, (batch, outputs) in enumerate(self._seen):
+                with drawing(index), still_runs(verb):
+                    found = feed(model, apart(batch), forward)
+                error = max(error, relative_error(found, outputs, floors))
+        return error
 
 
 @contextlib.contextmanager
@@ -53,7 +60,7 @@ def drawing(index: int) -> Iterator[None]:
 def measure(
     model: nn.Module, sites: Iterable[Site], batches: Iterable[Any], forward: Forward, witness: Witness
 ) -> dict[nn.Module, Moments]:
-    """The moments of each site's outputs over all batches, in eval mode. All but the first go to the witness."""
+    """The moments of each site's outputs over all batches, in eval mode. The witness notes them."""
     moments: dict[nn.Module, Moments] = {}
 
     def watch(site: Site) -> Any:
@@ -69,6 +76,5 @@ def measure(
         for index, batch in enumerate(batches):
             with drawing(index):
                 output = feed(model, apart(batch), forward)
-            if index:
-                witness.note(index, batch, output)
+            witness.note(batch, output)
     return moments

@@ -20,7 +20,8 @@ from ._insert_sites import Site, is_layer, returning_no_tensor, site_of
 from ._normed import Normed, NormedLast, normed_like
 from ._operation import Operation, check_unwrapped
 from ._result import Surgery
-from ._verify import check, check_has_values, relative_error, run_changed, run_in_training, tolerance_for
+from ._verify import check, check_has_values, relative_error, run_changed, tolerance_for
+from ._verify_training import difference_in_training, twin_of
 from ._weighted import Refused
 from ._where import Where, selected
 
@@ -71,7 +72,8 @@ def insert(
         where: Behind which layers: names, shell patterns, types, or a predicate `(name, module) -> bool`.
         norm: `"batch"`, `"ghost"`, `"sync"`, `"frozen"` or `"renorm"`, or a function from the number of channels to a
             layer with running statistics, weight and bias, which moves to the device and type of the statistics.
-        tolerance: Largest relative difference of outputs on the batches, as many as fit into 256 MiB; see `fold`.
+        tolerance: Largest relative difference of outputs on the first batches, those that fit into 256 MiB; see
+            `fold`.
         inplace: Change `model` itself instead of a copy.
         forward: `forward(model, batch)` runs the model in another way.
 
@@ -89,7 +91,7 @@ def insert(
     check_has_values(model)
     with Operation(model, inplace=inplace) as operation:
         sites, skipped, output = _look(operation.model, first, run, where)
-        before = run_in_training(operation.model, first, run)
+        original = twin_of(operation.model)
         witness = Witness()
         with torch.random.fork_rng():  # the comparison is to draw the random numbers that the first run drew
             moments = measure(operation.model, sites, batches, run, witness) if batches is not None else {}
@@ -103,8 +105,7 @@ def insert(
                 "mode, where batches have other means and variances than 0 and 1; pass data=.",
                 stacklevel=4,  # behind the decorators
             )
-        after = run_in_training(operation.model, first, run)
-        training_error = None if before is None or after is None else relative_error(after, before)
+        training_error = difference_in_training(twin_of(operation.model), original, first, run)
         return operation.result(changed, skipped, error, training_error)
 
 

@@ -23,11 +23,11 @@ class Surgery:
         model: the changed model: a copy, or with `inplace=True` the one given.
         changed: what became of each module changed, by its name.
         skipped: why each module was left alone, by its name.
-        max_error: largest difference from the original model's outputs on the example, relative to the largest
-            output; None where nothing was run.
+        max_error: largest difference from the original model's outputs on the example and the batches given, relative
+            to the largest output; None where nothing was run.
         heirs: the counterpart of each parameter of the model given, in `model` or dropped from it.
         training_error: the like of `max_error` in training mode, for `insert`, whose norms then use the batch's own
-            statistics; None where either model can't run so on the first batch, and among several processes.
+            statistics; None where copies of the two can't run so on the first batch, and among several processes.
     """
 
     model: nn.Module

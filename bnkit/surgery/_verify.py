@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from .._checks import FailedCheck, UserError
-from .._modes import buffers_kept, evaluating, training_flags_kept
+from .._modes import buffers_kept, evaluating
 from ..graph import Forward, apart, apply, feed, tensors_in
 from ._operation import check_initialized
 
@@ -56,8 +56,19 @@ def run_changed(model: nn.Module, example: Any, forward: Forward | None, verb: s
     Raises:
         FailedCheck: it no longer does.
     """
-    try:
+    with still_runs(verb):
         return run_in_eval(model, example, forward)
+
+
+@contextlib.contextmanager
+def still_runs(verb: str) -> Iterator[None]:
+    """Say of an error that the model, which ran before it was changed, no longer does.
+
+    Raises:
+        FailedCheck: instead of any error.
+    """
+    try:
+        yield
     except FailedCheck:
         raise
     except Exception as error:
@@ -70,30 +81,21 @@ def run_changed(model: nn.Module, example: Any, forward: Forward | None, verb: s
         ) from error
 
 
-def run_in_training(model: nn.Module, example: Any, forward: Forward | None) -> list[Tensor] | None:
-    """The tensors of the model's output in training mode, without gradients; random numbers as in `run_in_eval`.
-
-    None if the model can't run so, as with one value a channel or a detector without targets, or not to finite values;
-    and where there are other processes, which layers that exchange statistics would wait for.
-    """
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        return None
-    with training_flags_kept(model), buffers_kept(model), torch.no_grad(), torch.random.fork_rng():
-        try:
-            model.train()
-            outputs = [tensor.clone() for tensor in tensors_in(apply(model, apart(example), forward))]
-        except Exception:
-            return None
-    return outputs if all(bool(tensor.isfinite().all()) for tensor in outputs) else None
-
-
-def relative_error(found: Any, expected: Any) -> float:
-    """The largest difference between two outputs, relative to the largest value of each tensor in `expected`.
+def relative_error(found: Any, expected: Any, floors: Sequence[float] = ()) -> float:
+    """The largest difference between two outputs, relative to the largest value of each tensor in `expected`, or to
+    the tensor's floor, if there is one and it is larger.
 
     Infinite where structure, shapes, or the places of values that are not finite differ.
     """
-    pairs = list(zip_longest_tensors(found, expected))
-    return max((_relative_error(a, b) for a, b in pairs), default=0.0)
+    pairs = zip_longest_tensors(found, expected)
+    floor_of = dict(enumerate(floors))
+    return max((_relative_error(a, b, floor_of.get(i, 0.0)) for i, (a, b) in enumerate(pairs)), default=0.0)
+
+
+def largest_values(output: Any) -> list[float]:
+    """The largest finite value of each tensor, 0 where there is none."""
+    tensors = (tensor.detach().to_dense().abs().double() for tensor in tensors_in(output))
+    return [float(finite.max()) if (finite := t[t.isfinite()]).numel() else 0.0 for t in tensors]
 
 
 def zip_longest_tensors(found: Any, expected: Any) -> Iterator[tuple[Tensor | None, Tensor | None]]:
@@ -103,7 +105,7 @@ def zip_longest_tensors(found: Any, expected: Any) -> Iterator[tuple[Tensor | No
         yield (first[index] if index < len(first) else None, second[index] if index < len(second) else None)
 
 
-def _relative_error(found: Tensor | None, expected: Tensor | None) -> float:
+def _relative_error(found: Tensor | None, expected: Tensor | None, floor: float) -> float:
     if found is None or expected is None or found.shape != expected.shape:
         return float("inf")
     if expected.numel() == 0:
@@ -115,7 +117,7 @@ def _relative_error(found: Tensor | None, expected: Tensor | None) -> float:
     a, b = a[finite], b[finite]
     if b.numel() == 0:
         return 0.0
-    difference, size = float((a - b).abs().max()), float(b.abs().max())
+    difference, size = float((a - b).abs().max()), max(float(b.abs().max()), floor)
     return difference / size if size > 0 else (0.0 if difference == 0 else float("inf"))
 
 

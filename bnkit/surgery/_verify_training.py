@@ -1,4 +1,6 @@
-"""Compares two models in training mode: outputs, gradients, running statistics; in float64, up to rounding."""
+"""Compares two models in training mode: outputs, gradients, running statistics in float64, up to rounding; or how far
+outputs are from each other.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +8,12 @@ import math
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from .._checks import FailedCheck
+from .._checks import FailedCheck, UserError
+from .._modes import random_numbers_kept
 from ..graph import Forward, apart, apply, device_of, moved, tensors_in
 from ._operation import copied
 from ._verify import relative_error
@@ -70,6 +74,42 @@ def check_training(
     for name, error in errors.items():
         if not error <= max(_TOLERANCE, _MARGIN * limits.get(_kind(name, expected[name]), 0.0)):
             raise FailedCheck(f"{verb} must leave training as it was, but the {name} differs by {error:.1e}; {_REMEDY}")
+
+
+def twin_of(model: nn.Module) -> nn.Module | None:
+    """A copy to run in training mode, which may write to anything in it.
+
+    None if it can't be made, and where there are other processes, for which layers in it would wait.
+    """
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        return None
+    try:
+        return copied(model)
+    except UserError:
+        return None
+
+
+def difference_in_training(
+    model: nn.Module | None, original: nn.Module | None, example: Any, forward: Forward
+) -> float | None:
+    """`relative_error` of two twins' outputs in training mode, without gradients, under the same random numbers.
+
+    Modules that are in eval mode within a model in training mode stay so. None if a twin is missing, can't run so, as
+    with one value a channel or a detector without targets, or gives no finite tensors.
+    """
+    if model is None or original is None:
+        return None
+    outputs = []
+    for twin in (original, model):
+        with torch.no_grad(), random_numbers_kept():
+            if not twin.training:
+                twin.train()
+            try:
+                outputs.append(list(tensors_in(apply(twin, apart(example), forward))))
+            except Exception:
+                return None
+    error = relative_error(outputs[1], outputs[0])
+    return error if outputs[0] and math.isfinite(error) else None
 
 
 def _errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
