@@ -39,9 +39,8 @@ class _BatchNorm(torch.autograd.Function):
         needs = ctx.needs_input_grad[:4]
         if torch.is_grad_enabled() or transforms_active() or not is_stored(dy):
             return *_differentiable_gradients(ctx, dy, needs), None
-        x, mean, invstd, weight, bias, kept = ctx.saved_tensors
+        x, mean, invstd, weight, bias, kept = _saved_tensors(ctx)
         backend, _, _, training, _, _, activation = ctx.call
-        kept = _as_kept(kept, x)
         return *backend.backward(dy, x, mean, invstd, weight, bias, training, activation, kept, needs), None
 
 
@@ -77,22 +76,24 @@ def _is_checkpointed() -> bool:
     return hooks is not None and getattr(hooks[0], "__module__", None) == checkpointing.__name__
 
 
-def _as_kept(kept: Tensor | None, x: Tensor) -> Tensor | None:
-    """A mask as bytes again, where hooks have saved all in another type. It has another shape than a residual."""
+def _saved_tensors(ctx: Any) -> tuple[Any, ...]:
+    """x, mean, invstd, weight, bias, and what else is kept: a mask as bytes again, where hooks have saved all in
+    another type. It has another shape than a residual.
+    """
+    saved = ctx.saved_tensors  # once: checkpointing allows no more
+    x, kept = saved[0], saved[-1]
     if kept is None or kept.dtype is torch.uint8 or kept.shape == x.shape:
-        return kept
-    return kept.to(torch.uint8)
+        return saved
+    return *saved[:-1], kept.to(torch.uint8)
 
 
 def _differentiable_gradients(ctx: Any, dy: Tensor, needs: tuple[bool, bool, bool, bool]) -> Gradients:
     """The gradients as functions of dy and of the inputs that autograd and transforms can follow: the reference's."""
-    x, mean, invstd, weight, bias, kept = ctx.saved_tensors  # once: checkpointing allows no more
-    kept = _as_kept(kept, x)
+    x, mean, invstd, weight, bias, kept = saved_tensors = _saved_tensors(ctx)
     _, _, _, training, _, eps, activation = ctx.call
     residual = kept
     if kept is not None and kept.dtype is torch.uint8:  # a mask: relu's second derivative is 0
-        passed = _passed(ctx, (x, mean, invstd, weight, bias, kept))
-        dy, activation, residual = dy.masked_fill(passed == 0, 0), None, None
+        dy, activation, residual = dy.masked_fill(_passed(ctx, saved_tensors) == 0, 0), None, None
     saved = {"x": x, "residual": residual, "weight": weight, "bias": bias}
 
     def forward(inputs: dict[str, Tensor]) -> Tensor:
