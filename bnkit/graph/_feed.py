@@ -76,9 +76,11 @@ def apart(example: Any) -> Any:
     def copied(part: Any) -> Any:
         if isinstance(part, Mapping):
             return {key: tree_map(copied, value) for key, value in part.items()}
-        if isinstance(part, Tensor) and part not in own:
+        if not isinstance(part, Tensor):
+            return part
+        if part not in own:
             own[part] = part.detach().clone().requires_grad_(part.requires_grad)
-        return own[part] if isinstance(part, Tensor) else part
+        return own[part]
 
     return tree_map(copied, example)
 

@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .._modes import training_flags_kept
+from .._modes import random_numbers_kept, training_flags_kept
 from ._weighted import Refused
 
 _PLAIN = (bool, int, float, str, type(None))
@@ -130,13 +130,10 @@ def _same(now: Any, old: Any) -> bool:
 @contextlib.contextmanager
 def _no_random_numbers() -> Iterator[None]:
     """Refuse a forward that draws them elsewhere than from torch: the graph would keep what was drawn."""
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
+    python, numpy = random.getstate(), repr(np.random.get_state())
+    with random_numbers_kept():
         yield
-    finally:
-        drawn = random.getstate() != python or repr(np.random.get_state()) != repr(numpy)
-        random.setstate(python)
-        np.random.set_state(numpy)
+        drawn = random.getstate() != python or repr(np.random.get_state()) != numpy
     if drawn:
         raise Refused("the forward around it draws random numbers of Python or NumPy")
 

@@ -87,9 +87,8 @@ def relative_error(found: Any, expected: Any, floors: Sequence[float] = ()) -> f
 
     Infinite where structure, shapes, or the places of values that are not finite differ.
     """
-    pairs = zip_longest_tensors(found, expected)
-    floor_of = dict(enumerate(floors))
-    return max((_relative_error(a, b, floor_of.get(i, 0.0)) for i, (a, b) in enumerate(pairs)), default=0.0)
+    pairs = zip(zip_longest_tensors(found, expected), itertools.chain(floors, itertools.repeat(0.0)), strict=False)
+    return max((_relative_error(a, b, floor) for (a, b), floor in pairs), default=0.0)
 
 
 def largest_values(output: Any) -> list[float]:
