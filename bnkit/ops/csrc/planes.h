@@ -19,7 +19,8 @@ enum {
     MAX_GROUP = 32,         /* adjacent planes that are swept together, for memory likes long runs: as many as */
     GROUP_BYTES = 65536,    /* make up about this in one image, */
     GROUP_MIN_BYTES = 4096, /* or only this, */
-    GROUP_SLAB = 1 << 19    /* to keep the bytes of all images in a core's own cache */
+    GROUP_SLAB = 1 << 19,   /* to keep the bytes of all images in a core's own cache */
+    SHORT_RUN_BYTES = 8192
 };
 
 typedef struct {
@@ -31,6 +32,7 @@ typedef struct {
     int64_t groups; /* of channels, which one thread sweeps together */
     int blocks, threads;
     bool team;      /* threads share each channel, instead of having channels of their own */
+    bool short_runs; /* of a share's adjacent planes: the processor does not learn in time where outputs go on */
 } planes;
 
 /* What one thread does: `width` channels from c on, as the rank-th of `size` threads that share them. */
@@ -58,6 +60,7 @@ static planes planes_of(int64_t outer, int64_t channels, int64_t inner, int thre
     const int64_t together = sweeps > 1 ? between(1, kept, MAX_GROUP) : MAX_GROUP; /* at most */
     const int64_t rounds = (channels + together * threads - 1) / (together * threads);
     p.groups = smaller(channels, rounds * threads); /* the same number for each thread */
+    p.short_runs = channels / p.groups * bytes <= SHORT_RUN_BYTES;
     p.team = threads > 1 && channels < 4 * threads && p.blocks >= threads;
     return p;
 }
@@ -71,17 +74,21 @@ INLINE int64_t place_of(const planes *p, int64_t u, int64_t c, int64_t plane, in
     return ((u / p->pieces) * p->channels + c) * plane + (u % p->pieces) * unit;
 }
 
-/* Its first element, its mask's first byte, and how many elements it has. */
-INLINE int64_t unit_start(const planes *p, int64_t u, int64_t c) { return place_of(p, u, c, p->inner, p->unit); }
-INLINE int64_t mask_start(const planes *p, int64_t u, int64_t c) { return place_of(p, u, c, p->bits, p->unit / 8); }
+/* Unit u of channel c: its first element and its mask's first byte, how far from there the channel goes on, and how many
+ * elements it has. */
+typedef struct {
+    int64_t start, bits, next, next_bits, length;
+} unit;
 
-INLINE int64_t unit_length(const planes *p, int64_t u)
+INLINE unit unit_of(const planes *p, int64_t u, int64_t c)
 {
-    return p->pieces == 1 ? p->inner : smaller(p->unit, p->inner - (u % p->pieces) * p->unit);
+    const int64_t after = u + 1 < p->units ? u + 1 : u;
+    unit found = {.start = place_of(p, u, c, p->inner, p->unit), .bits = place_of(p, u, c, p->bits, p->unit / 8)};
+    found.next = place_of(p, after, c, p->inner, p->unit) - found.start;
+    found.next_bits = place_of(p, after, c, p->bits, p->unit / 8) - found.bits;
+    found.length = p->pieces == 1 ? p->inner : smaller(p->unit, p->inner - (u % p->pieces) * p->unit);
+    return found;
 }
-
-/* The unit in which the channel goes on after unit u. */
-INLINE int64_t unit_after(const planes *p, int64_t u) { return u + 1 < p->units ? u + 1 : u; }
 
 INLINE int64_t block_start(const planes *p, int64_t b) { return p->units * b / p->blocks; }
 INLINE int first_block(const planes *p, int rank, int size) { return p->blocks * rank / size; }
@@ -91,14 +98,14 @@ INLINE double elements_between(const planes *p, int64_t begin, int64_t end)
     return (double)((end / p->pieces - begin / p->pieces) * p->inner + (end % p->pieces - begin % p->pieces) * p->unit);
 }
 
-/* Calls STEP(u, i, at, next, length) for every channel c + i of the share in every unit u of [begin, end): where it
- * starts, where the channel goes on after it, and how long it is. */
+/* Calls STEP(i, at, bits, unit) for every channel c + i of the share in every unit of [begin, end): where it starts, and
+ * its mask; the rest is as in the unit of channel c. */
 #define FOR_EACH_UNIT(p, s, begin, end, STEP)                                                                          \
-    for (int64_t u = begin; u < end; u++)                                                                              \
-        for (int64_t i = 0; i < (s).width; i++) {                                                                      \
-            const int64_t start = unit_start(p, u, (s).c + i);                                                         \
-            STEP(u, i, start, unit_start(p, unit_after(p, u), (s).c + i), unit_length(p, u));                          \
-        }
+    for (int64_t u = begin; u < end; u++) {                                                                            \
+        const unit first = unit_of(p, u, (s).c);                                                                       \
+        for (int64_t i = 0; i < (s).width; i++)                                                                        \
+            STEP(i, first.start + i * (p)->inner, first.bits + i * (p)->bits, first);                                  \
+    }
 
 /* Runs WORK(share, partials) over all channels. */
 #define FOR_ALL_CHANNELS(p, WORK)                                                                                      \

@@ -13,10 +13,10 @@ INLINE void sum_block_as(const bnkit_backward *g, const planes *p, share s, int 
     const elem *dy = g->dy, *x = g->x, *residual = add ? g->residual : g->x;
     const unsigned char *mask = g->mask;
     elem *dz = keeps_dz(g) ? g->dresidual : NULL;
-#define MASK(u, i) (activation == RELU_WITH_MASK ? mask + mask_start(p, u, s.c + (i)) : NULL)
-#define SUM(u, i, at, next, length)                                                                                    \
-    sum_gradient_run(dy + at, x + at, residual + at, MASK(u, i), MASK(unit_after(p, u), i), dz ? dz + at : NULL,       \
-                     next - at, length, forward_maps_of(maps, i), &sums[i], &dots[i], activation, add)
+#define MASK(bits) (activation == RELU_WITH_MASK ? mask + (bits) : NULL)
+#define SUM(i, at, bits, unit)                                                                                         \
+    sum_gradient_run(dy + at, x + at, residual + at, MASK(bits), MASK(bits + unit.next_bits), dz ? dz + at : NULL,     \
+                     unit.next, unit.length, forward_maps_of(maps, i), &sums[i], &dots[i], p->short_runs, activation, add)
     FOR_EACH_UNIT(p, s, block_start(p, b), block_start(p, b + 1), SUM)
 #undef SUM
 }
@@ -56,9 +56,10 @@ INLINE void gradient_of_blocks_as(const bnkit_backward *g, const planes *p, shar
     const elem *x = g->x, *residual = add ? g->residual : g->x;
     const unsigned char *mask = g->mask;
     elem *dx = g->dx;
-#define GRADIENT(u, i, at, next, length)                                                                               \
-    gradient_run(dy + at, x + at, residual + at, MASK(u, i), dx ? dx + at : NULL, dresidual ? dresidual + at : NULL,   \
-                 length, backward_maps_of(maps, i), g->training, g->stream, activation, add)
+#define GRADIENT(i, at, bits, unit)                                                                                    \
+    gradient_run(dy + at, x + at, residual + at, MASK(bits), dx ? dx + at : NULL, dresidual ? dresidual + at : NULL,   \
+                 unit.next, unit.length, backward_maps_of(maps, i), g->training, p->short_runs && !g->stream,          \
+                 g->stream, activation, add)
     FOR_EACH_UNIT(p, s, block_start(p, first), block_start(p, last), GRADIENT)
 #undef GRADIENT
 #undef MASK

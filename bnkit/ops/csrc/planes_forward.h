@@ -11,7 +11,7 @@ static void sum_units(const planes *p, const elem *x, share s, int64_t begin, in
     accumulator sums[MAX_GROUP], dots[MAX_GROUP];
     memset(sums, 0, sizeof sums[0] * s.width);
     memset(dots, 0, sizeof dots[0] * s.width);
-#define SUM(u, i, at, next, length) sum_run(x + at, next - at, length, (real)mean[i], &sums[i], &dots[i])
+#define SUM(i, at, bits, unit) sum_run(x + at, unit.next, unit.length, (real)mean[i], &sums[i], &dots[i])
     FOR_EACH_UNIT(p, s, begin, end, SUM)
 #undef SUM
     for (int64_t i = 0; i < s.width; i++) {
@@ -24,11 +24,11 @@ static void sum_units(const planes *p, const elem *x, share s, int64_t begin, in
 static void first_means(const planes *p, const elem *x, share s, int64_t begin, int64_t end, double *mean)
 {
     const int64_t units = between(1, FIRST_ELEMENTS / p->unit, end - begin);
-    const int64_t length = smaller(unit_length(p, begin), FIRST_ELEMENTS);
+    const int64_t length = smaller(unit_of(p, begin, s.c).length, FIRST_ELEMENTS);
     for (int64_t i = 0; i < s.width; i++) {
         accumulator sum = {0}, unused = {0};
         for (int64_t u = begin; u < begin + units; u++)
-            sum_run(x + unit_start(p, u, s.c + i), 0, length, 0, &sum, &unused);
+            sum_run(x + unit_of(p, u, s.c + i).start, 0, length, 0, &sum, &unused);
         mean[i] = total(&sum) / (double)(units * length);
     }
 }
@@ -67,13 +67,11 @@ INLINE void normalize_blocks_as(const bnkit_forward *f, const planes *p, share s
     const elem *x = f->x, *residual = add ? f->residual : f->x;
     unsigned char *mask = f->mask;
     elem *y = f->y;
-#define MASK(u, i) (activation == RELU_WITH_MASK ? mask + mask_start(p, u, s.c + (i)) : NULL)
-#define NORMALIZE(u, i, at, next, length)                                                                              \
-    normalize_run(x + at, residual + at, y + at, MASK(u, i), next - at, length, forward_maps_of(maps, i), f->stream,   \
-                  activation, add)
+#define NORMALIZE(i, at, bits, unit)                                                                                   \
+    normalize_run(x + at, residual + at, y + at, activation == RELU_WITH_MASK ? mask + (bits) : NULL, unit.next,       \
+                  unit.length, forward_maps_of(maps, i), p->short_runs && !f->stream, f->stream, activation, add)
     FOR_EACH_UNIT(p, s, block_start(p, first), block_start(p, last), NORMALIZE)
 #undef NORMALIZE
-#undef MASK
 }
 
 static void normalize_blocks(const bnkit_forward *f, const planes *p, share s, int first, int last,

@@ -6,11 +6,12 @@
 
 enum { BATCH = UNROLL * LANES };
 
-/* The processor can't foresee where the next run is: short runs ask for all of it, long ones for the batch that lies
- * AHEAD of the i-th of n elements, or as far into the next run. */
-INLINE void prefetch_batch(const elem *x, int64_t i, int64_t n, const elem *next)
+/* The processor can't foresee where the next run is, `next` elements on: with the `count` from the i-th of n elements,
+ * those are asked for that lie AHEAD of them, or as far into the next run, in the same place at the most. */
+INLINE void prefetch_ahead(const elem *x, int64_t i, int64_t n, int64_t next, int64_t count)
 {
-    prefetch(i + AHEAD < n ? x + i + AHEAD : next + (i + AHEAD - n), BATCH);
+    const int64_t beyond = n < AHEAD ? 0 : AHEAD - n;
+    prefetch(x + i + (i + AHEAD < n ? AHEAD : next + beyond), count);
 }
 
 /* The i-th channel's numbers in every lane. */
@@ -31,14 +32,10 @@ INLINE vec_maps backward_maps_of(const channel_maps *m, int64_t i)
 /* Adds the sums of (x - shift) and of its square. The run that will be summed next lies `next` elements on. */
 INLINE void sum_run(const elem *x, int64_t next, int64_t n, real shift, accumulator *sum, accumulator *squares)
 {
-    const bool is_short = n < AHEAD;
     int64_t i = 0;
-    if (is_short)
-        prefetch(x + next, n);
     for (; i + BATCH <= n; i += BATCH) {
         vec d[UNROLL];
-        if (!is_short)
-            prefetch_batch(x, i, n, x + next);
+        prefetch_ahead(x, i, n, next, BATCH);
         for (int k = 0; k < UNROLL; k++)
             d[k] = load(x + i + k * LANES, LANES) - shift;
         accumulate(sum, tree_sum(d));
@@ -46,11 +43,13 @@ INLINE void sum_run(const elem *x, int64_t next, int64_t n, real shift, accumula
     }
     vec rest = {0}, rest_squares = {0};
     for (; i + LANES <= n; i += LANES) {
+        prefetch_ahead(x, i, n, next, LANES);
         const vec d = load(x + i, LANES) - shift;
         rest += d;
         rest_squares = multiply_add(d, d, rest_squares);
     }
     if (i < n) {
+        prefetch_ahead(x, i, n, next, n - i);
         const vec d = first_lanes(load(x + i, n - i) - shift, n - i);
         rest += d;
         rest_squares = multiply_add(d, d, rest_squares);
@@ -68,11 +67,13 @@ INLINE int64_t head_length(const elem *out, int64_t n, bool stream)
 
 /* x is in the cache, or follows in memory's order; of a residual the run comes next that lies `next` elements on. */
 INLINE void normalize_run(const elem *x, const elem *residual, elem *y, unsigned char *mask, int64_t next, int64_t n,
-                          vec_maps m, bool stream, int activation, bool add)
+                          vec_maps m, bool ask, bool stream, int activation, bool add)
 {
     bit_writer passed = {.next = mask};
     if (add && n < AHEAD)
         prefetch(residual + next, n);
+    if (ask)
+        prefetch(y + next, n);
 #define NORMALIZE(lanes, past_cache)                                                                                   \
     normalize_vector(x + i, residual + i, y + i, &passed, m, activation, add, lanes, past_cache)
     int64_t i = 0;
@@ -92,27 +93,20 @@ INLINE void normalize_run(const elem *x, const elem *residual, elem *y, unsigned
  * `next` elements on, and its mask at next_mask. */
 INLINE void sum_gradient_run(const elem *dy, const elem *x, const elem *residual, const unsigned char *mask,
                              const unsigned char *next_mask, elem *dresidual, int64_t next, int64_t n, vec_maps m,
-                             accumulator *sum, accumulator *dot, int activation, bool add)
+                             accumulator *sum, accumulator *dot, bool ask, int activation, bool add)
 {
 #define DZ(i, from_x, lanes) vector_dz(dy + (i), from_x, residual + (i), mask, i, 0, m, activation, add, lanes)
-    const bool is_short = n < AHEAD;
+#define PREFETCH(count)                                                                                                \
+    prefetch_ahead(x, i, n, next, count), prefetch_ahead(dy, i, n, next, count),                                       \
+        prefetch_ahead(residual, i, n, next, add ? (count) : 0)
     int64_t i = 0;
-    if (is_short) {
-        prefetch(x + next, n);
-        prefetch(dy + next, n);
-        if (add)
-            prefetch(residual + next, n);
-    }
     if (activation == RELU_WITH_MASK)
         prefetch_bits(next_mask, n);
+    if (ask && dresidual)
+        prefetch(dresidual + next, n);
     for (; i + BATCH <= n; i += BATCH) {
         vec dz[UNROLL], d[UNROLL];
-        if (!is_short) {
-            prefetch_batch(x, i, n, x + next);
-            prefetch_batch(dy, i, n, dy + next);
-            if (add)
-                prefetch_batch(residual, i, n, residual + next);
-        }
+        PREFETCH(BATCH);
         for (int k = 0; k < UNROLL; k++) {
             const int64_t at = i + k * LANES;
             const vec from_x = load(x + at, LANES);
@@ -126,6 +120,7 @@ INLINE void sum_gradient_run(const elem *dy, const elem *x, const elem *residual
     }
     vec rest = {0}, rest_dot = {0};
     for (; i + LANES <= n; i += LANES) {
+        PREFETCH(LANES);
         const vec from_x = load(x + i, LANES), dz = DZ(i, from_x, LANES);
         if (dresidual)
             store(dresidual + i, dz, LANES, false);
@@ -133,6 +128,7 @@ INLINE void sum_gradient_run(const elem *dy, const elem *x, const elem *residual
         rest_dot = multiply_add(dz, from_x - m.shift, rest_dot);
     }
     if (i < n) {
+        PREFETCH(n - i);
         const vec from_x = load(x + i, n - i), dz = first_lanes(DZ(i, from_x, n - i), n - i);
         if (dresidual)
             store(dresidual + i, dz, n - i, false);
@@ -141,13 +137,19 @@ INLINE void sum_gradient_run(const elem *dy, const elem *x, const elem *residual
     }
     accumulate(sum, rest);
     accumulate(dot, rest_dot);
+#undef PREFETCH
 #undef DZ
 }
 
 /* dx and dresidual, as far as given. */
 INLINE void gradient_run(const elem *dy, const elem *x, const elem *residual, const unsigned char *mask, elem *dx,
-                         elem *dresidual, int64_t n, vec_maps m, bool through_x, bool stream, int activation, bool add)
+                         elem *dresidual, int64_t next, int64_t n, vec_maps m, bool through_x, bool ask, bool stream,
+                         int activation, bool add)
 {
+    if (ask && dx)
+        prefetch(dx + next, n);
+    if (ask && dresidual)
+        prefetch(dresidual + next, n);
 #define GRADIENT(i, head, lanes, past_cache)                                                                           \
     gradient_vector(dy + (i), x + (i), residual + (i), mask, i, head, dx ? dx + (i) : NULL,                            \
                     dresidual ? dresidual + (i) : NULL, m, through_x, activation, add, lanes, past_cache)
