@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from .._checks import UserError, require
 from ._any_dimension import AnyDimension, Options
-from ._batch_norm import _stored
 
 _STATISTICS = {"running_mean": "running_means", "running_var": "running_vars", "num_batches_tracked": "batches_tracked"}
 
@@ -110,7 +109,7 @@ class DomainBatchNorm(AnyDimension):
     def __getattr__(self, name: str) -> Any:
         """Called for what Python does not find, so for `weight` and `bias` of the current domain, (C,)."""
         found = self._of_domain(name)
-        return super().__getattr__(name) if found == name else _stored(self, found)
+        return super().__getattr__(name) if found == name else getattr(self, found)
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(self._of_domain(name), value)

@@ -15,7 +15,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils import checkpoint as checkpointing
 
 from . import reference
-from ._backend import Backend, Gradients
+from ._backend import Gradients
 from ._transforms import is_stored, transforms_active
 
 
@@ -39,32 +39,22 @@ class _BatchNorm(torch.autograd.Function):
         needs = ctx.needs_input_grad[:4]
         if torch.is_grad_enabled() or transforms_active() or not is_stored(dy):
             return *_differentiable_gradients(ctx, dy, needs), None
-        x, mean, invstd, weight, bias, kept = _saved_tensors(ctx)
+        x, mean, invstd, weight, bias, kept = ctx.saved_tensors
+        if kept is not None:
+            kept = _as_kept(kept, x)
         backend, _, _, training, _, _, activation = ctx.call
         return *backend.backward(dy, x, mean, invstd, weight, bias, training, activation, kept, needs), None
 
 
 # Function.apply looks for torch.func transforms, in each argument; who calls this has looked.
-_apply: Callable[..., Tensor] = super(torch.autograd.Function, _BatchNorm).apply  # pyright: ignore
+differentiable: Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None, tuple[Any, ...]], Tensor]
+differentiable = super(torch.autograd.Function, _BatchNorm).apply  # pyright: ignore
+"""A backend's y in autograd's graph, not within a transform of `torch.func`, of x, residual, weight, bias and
 
+    (backend, running_mean, running_var, training, momentum, eps, activation)
 
-def differentiable(
-    backend: Backend,
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    activation: str | None,
-    residual: Tensor | None,
-) -> Tensor:
-    """`backend.forward`'s y, in autograd's graph. Not within a transform of `torch.func`."""
-    # One argument for all that has no gradient, since autograd handles each one by itself.
-    call = (backend, running_mean, running_var, training, momentum, eps, activation)
-    return _apply(x, residual, weight, bias, call)
+in one argument, since autograd handles each one by itself, and these have no gradient.
+"""
 
 
 def _is_checkpointed() -> bool:
@@ -76,24 +66,21 @@ def _is_checkpointed() -> bool:
     return hooks is not None and getattr(hooks[0], "__module__", None) == checkpointing.__name__
 
 
-def _saved_tensors(ctx: Any) -> tuple[Any, ...]:
-    """x, mean, invstd, weight, bias, and what else is kept: a mask as bytes again, where hooks have saved all in
-    another type. It has another shape than a residual.
+def _as_kept(kept: Tensor, x: Tensor) -> Tensor:
+    """What was saved besides x: a mask, of another shape than a residual, as bytes again where hooks have saved all in
+    another type.
     """
-    saved = ctx.saved_tensors  # once: checkpointing allows no more
-    x, kept = saved[0], saved[-1]
-    if kept is None or kept.dtype is torch.uint8 or kept.shape == x.shape:
-        return saved
-    return *saved[:-1], kept.to(torch.uint8)
+    return kept if kept.dtype is torch.uint8 or kept.shape == x.shape else kept.to(torch.uint8)
 
 
 def _differentiable_gradients(ctx: Any, dy: Tensor, needs: tuple[bool, bool, bool, bool]) -> Gradients:
     """The gradients as functions of dy and of the inputs that autograd and transforms can follow: the reference's."""
-    x, mean, invstd, weight, bias, kept = saved_tensors = _saved_tensors(ctx)
+    x, mean, invstd, weight, bias, kept = ctx.saved_tensors  # once: checkpointing allows no more
     _, _, _, training, _, eps, activation = ctx.call
-    residual = kept
-    if kept is not None and kept.dtype is torch.uint8:  # a mask: relu's second derivative is 0
-        dy, activation, residual = dy.masked_fill(_passed(ctx, saved_tensors) == 0, 0), None, None
+    residual = None if kept is None else _as_kept(kept, x)
+    if residual is not None and residual.dtype is torch.uint8:  # a mask: relu's second derivative is 0
+        passed = _passed(ctx, x, mean, invstd, weight, bias, residual)
+        dy, activation, residual = dy.masked_fill(passed == 0, 0), None, None
     saved = {"x": x, "residual": residual, "weight": weight, "bias": bias}
 
     def forward(inputs: dict[str, Tensor]) -> Tensor:
@@ -109,14 +96,15 @@ def _differentiable_gradients(ctx: Any, dy: Tensor, needs: tuple[bool, bool, boo
     return found.get("x"), dresidual, found.get("weight"), found.get("bias")
 
 
-def _passed(ctx: Any, saved_tensors: tuple[Any, ...]) -> Tensor:
+def _passed(
+    ctx: Any, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor
+) -> Tensor:
     """1 where relu passed z, else 0: the residual's gradient for a dy of 1, which the backend reads off the mask."""
-    x, mean, invstd, weight, bias, mask = saved_tensors
     backend, _, _, training, _, _, activation = ctx.call
+    needs = (False, True, False, False)
     with torch.no_grad(), temporarily_clear_interpreter_stack():
-        found = backend.backward(
-            torch.ones_like(x), x, mean, invstd, weight, bias, training, activation, mask, (False, True, False, False)
-        )[1]
+        dy = torch.ones_like(x)
+        found = backend.backward(dy, x, mean, invstd, weight, bias, training, activation, mask, needs)[1]
     assert found is not None
     return found
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active, _has_storage
 from torch.autograd import forward_ad
 
 from .._checks import UserError
@@ -13,7 +14,7 @@ from .._checks import UserError
 
 def transforms_active() -> bool:
     """Whether tensors may stand for something else: a batch under `vmap`, a dual number."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return _are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def are_transformed(tensors: Sequence[object]) -> bool:
@@ -38,7 +39,7 @@ def is_stored(tensor: Tensor) -> bool:
     Not that of a batch in `autograd.grad(is_grads_batched=True)`, whose `vmap` is not `torch.func`'s, nor of a negated
     view (`z.conj().imag`), nor of forward mode's zeros.
     """
-    return torch._C._has_storage(tensor) and not tensor.is_neg() and not tensor._is_zerotensor()
+    return _has_storage(tensor) and not tensor.is_neg() and not tensor._is_zerotensor()
 
 
 def check_vmap(inputs: Sequence[Tensor | None], statistics: Sequence[Tensor | None], training: bool) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from ..moments import statistics_dtype
@@ -55,6 +56,39 @@ def batch_norm(
     inplace: bool = False,
 ) -> Tensor:
     """`functional.batch_norm` of arguments already validated."""
+    if (
+        inplace
+        or transforms_active()
+        or is_recorded()
+        or torch.compiler.is_compiling()
+        or _len_torch_dispatch_stack()
+        or isinstance(momentum, Tensor)
+    ):
+        return _indirectly(
+            x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual, inplace
+        )
+    plain = {type(x), type(running_mean), type(running_var), type(weight), type(bias), type(residual)} <= PLAIN
+    backend = first_to_support(x, (running_mean, running_var, weight, bias), residual) if plain else None
+    y = serve(backend, x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual)
+    if backend is not None:
+        count_version(training, running_mean, running_var)
+    return y
+
+
+def _indirectly(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | Tensor,
+    eps: float,
+    activation: str | None,
+    residual: Tensor | None,
+    inplace: bool,
+) -> Tensor:
+    """`batch_norm` where a backend can't be called, or not at once."""
     if transforms_active() or is_recorded():
         tensors = (x, running_mean, running_var, weight, bias, residual, momentum)
         if is_recorded() or are_transformed(tensors):
@@ -74,7 +108,7 @@ def batch_norm(
             return batch_norm(x, mean, var, weight, bias, training, 1.0, eps, activation, residual, inplace)
 
         return through_own_statistics(normalize, x, running_mean, running_var, training, momentum)
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if torch.compiler.is_compiling() or _len_torch_dispatch_stack():
         return torch.ops.bnkit.batch_norm(
             x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual
         )
@@ -146,9 +180,8 @@ def serve(
         or (bias is not None and bias.requires_grad)
         or (residual is not None and residual.requires_grad)
     ):
-        return differentiable(
-            backend, x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual
-        )
+        call = (backend, running_mean, running_var, training, momentum, eps, activation)
+        return differentiable(x, residual, weight, bias, call)
     return backend.forward(
         x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual, False
     )[0]
