@@ -58,10 +58,11 @@ INLINE void sum_run(const elem *x, int64_t next, int64_t n, real shift, accumula
     accumulate(squares, rest_squares);
 }
 
-/* How many elements come before the first whole vector, which is aligned if it is to be streamed to. */
-INLINE int64_t head_length(const elem *out, int64_t n, bool stream)
+/* How many elements come before the first whole vector, which is aligned: stores across cache lines cost twice as much, and
+ * streaming ones must not be. */
+INLINE int64_t head_length(const elem *out, int64_t n)
 {
-    const int64_t head = stream ? misaligned(out) : 0;
+    const int64_t head = misaligned(out);
     return head < n ? head : n;
 }
 
@@ -77,7 +78,7 @@ INLINE void normalize_run(const elem *x, const elem *residual, elem *y, unsigned
 #define NORMALIZE(lanes, past_cache)                                                                                   \
     normalize_vector(x + i, residual + i, y + i, &passed, m, activation, add, lanes, past_cache)
     int64_t i = 0;
-    const int64_t head = head_length(y, n, stream);
+    const int64_t head = head_length(y, n);
     if (head > 0)
         NORMALIZE(head, false);
     for (i = head; i + LANES <= n; i += LANES)
@@ -153,7 +154,8 @@ INLINE void gradient_run(const elem *dy, const elem *x, const elem *residual, co
 #define GRADIENT(i, head, lanes, past_cache)                                                                           \
     gradient_vector(dy + (i), x + (i), residual + (i), mask, i, head, dx ? dx + (i) : NULL,                            \
                     dresidual ? dresidual + (i) : NULL, m, through_x, activation, add, lanes, past_cache)
-    const int64_t head = head_length(dx ? dx : dresidual, n, stream);
+    const bool bits_first = activation == RELU_WITH_MASK && !stream; /* to begin with a byte of them saves more */
+    const int64_t head = bits_first ? 0 : head_length(dx ? dx : dresidual, n);
     int64_t i = head;
     if (head > 0)
         GRADIENT(0, 0, head, false);
