@@ -57,25 +57,32 @@ def batch_norm(
 ) -> Tensor:
     """`functional.batch_norm` of arguments already validated."""
     if (
-        inplace
-        or transforms_active()
+        transforms_active()
         or is_recorded()
         or torch.compiler.is_compiling()
         or _len_torch_dispatch_stack()
         or isinstance(momentum, Tensor)
     ):
-        return _indirectly(
+        y = _unless_direct(
             x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual, inplace
         )
+        if y is not None:
+            return y
+    assert not isinstance(momentum, Tensor)
     plain = {type(x), type(running_mean), type(running_var), type(weight), type(bias), type(residual)} <= PLAIN
     backend = first_to_support(x, (running_mean, running_var, weight, bias), residual) if plain else None
-    y = serve(backend, x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual)
+    if inplace and plain and x.numel() and _inplace.is_possible(x, weight, bias):
+        y = _inplace.batch_norm(
+            backend, x, running_mean, running_var, weight, bias, training, momentum, eps, activation
+        )
+    else:
+        y = serve(backend, x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual)
     if backend is not None:
         count_version(training, running_mean, running_var)
     return y
 
 
-def _indirectly(
+def _unless_direct(
     x: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -87,8 +94,8 @@ def _indirectly(
     activation: str | None,
     residual: Tensor | None,
     inplace: bool,
-) -> Tensor:
-    """`batch_norm` where a backend can't be called, or not at once."""
+) -> Tensor | None:
+    """y where no backend may be called with these arguments; None where one may after all."""
     if transforms_active() or is_recorded():
         tensors = (x, running_mean, running_var, weight, bias, residual, momentum)
         if is_recorded() or are_transformed(tensors):
@@ -112,17 +119,7 @@ def _indirectly(
         return torch.ops.bnkit.batch_norm(
             x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual
         )
-    plain = {type(x), type(running_mean), type(running_var), type(weight), type(bias), type(residual)} <= PLAIN
-    backend = first_to_support(x, (running_mean, running_var, weight, bias), residual) if plain else None
-    if inplace and plain and x.numel() and _inplace.is_possible(x, weight, bias):
-        y = _inplace.batch_norm(
-            backend, x, running_mean, running_var, weight, bias, training, momentum, eps, activation
-        )
-    else:
-        y = serve(backend, x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual)
-    if backend is not None:
-        count_version(training, running_mean, running_var)
-    return y
+    return None
 
 
 def by_reference(

@@ -20,7 +20,7 @@ enum {
     GROUP_BYTES = 65536,    /* make up about this in one image, */
     GROUP_MIN_BYTES = 4096, /* or only this, */
     GROUP_SLAB = 1 << 19,   /* to keep the bytes of all images in a core's own cache */
-    SHORT_RUN_BYTES = 8192
+    SHORT_RUN_BYTES = 8192  /* of a group in one image: outputs of the next image are asked for ahead */
 };
 
 typedef struct {
@@ -32,7 +32,7 @@ typedef struct {
     int64_t groups; /* of channels, which one thread sweeps together */
     int blocks, threads;
     bool team;      /* threads share each channel, instead of having channels of their own */
-    bool short_runs; /* of a share's adjacent planes: the processor does not learn in time where outputs go on */
+    bool short_runs; /* the processor does not learn in time where outputs go on */
 } planes;
 
 /* What one thread does: `width` channels from c on, as the rank-th of `size` threads that share them. */
@@ -74,8 +74,8 @@ INLINE int64_t place_of(const planes *p, int64_t u, int64_t c, int64_t plane, in
     return ((u / p->pieces) * p->channels + c) * plane + (u % p->pieces) * unit;
 }
 
-/* Unit u of channel c: its first element and its mask's first byte, how far from there the channel goes on, and how many
- * elements it has. */
+/* Unit u of channel c: its first element and its mask's first byte, how far from there the channel goes on, and how
+ * many elements it has. */
 typedef struct {
     int64_t start, bits, next, next_bits, length;
 } unit;
@@ -98,8 +98,8 @@ INLINE double elements_between(const planes *p, int64_t begin, int64_t end)
     return (double)((end / p->pieces - begin / p->pieces) * p->inner + (end % p->pieces - begin % p->pieces) * p->unit);
 }
 
-/* Calls STEP(i, at, bits, unit) for every channel c + i of the share in every unit of [begin, end): where it starts, and
- * its mask; the rest is as in the unit of channel c. */
+/* Calls STEP(i, at, bits, unit) for every channel c + i of the share in every unit of [begin, end): where it starts,
+ * and its mask; the rest is as in the unit of channel c. */
 #define FOR_EACH_UNIT(p, s, begin, end, STEP)                                                                          \
     for (int64_t u = begin; u < end; u++) {                                                                            \
         const unit first = unit_of(p, u, (s).c);                                                                       \

@@ -16,7 +16,8 @@ INLINE void sum_block_as(const bnkit_backward *g, const planes *p, share s, int 
 #define MASK(bits) (activation == RELU_WITH_MASK ? mask + (bits) : NULL)
 #define SUM(i, at, bits, unit)                                                                                         \
     sum_gradient_run(dy + at, x + at, residual + at, MASK(bits), MASK(bits + unit.next_bits), dz ? dz + at : NULL,     \
-                     unit.next, unit.length, forward_maps_of(maps, i), &sums[i], &dots[i], p->short_runs, activation, add)
+                     unit.next, unit.length, forward_maps_of(maps, i), &sums[i], &dots[i], p->short_runs, activation,  \
+                     add)
     FOR_EACH_UNIT(p, s, block_start(p, b), block_start(p, b + 1), SUM)
 #undef SUM
 }

@@ -58,15 +58,16 @@ INLINE void sum_run(const elem *x, int64_t next, int64_t n, real shift, accumula
     accumulate(squares, rest_squares);
 }
 
-/* How many elements come before the first whole vector, which is aligned: stores across cache lines cost twice as much, and
- * streaming ones must not be. */
+/* How many elements come before the first whole vector, which is aligned: a store across cache lines costs twice as
+ * much, and a streaming one must not be. */
 INLINE int64_t head_length(const elem *out, int64_t n)
 {
     const int64_t head = misaligned(out);
     return head < n ? head : n;
 }
 
-/* x is in the cache, or follows in memory's order; of a residual the run comes next that lies `next` elements on. */
+/* x is in the cache, or follows in memory's order; of a residual the run comes next that lies `next` elements on.
+ * `ask`, here and below: for that run's lines of the outputs too. */
 INLINE void normalize_run(const elem *x, const elem *residual, elem *y, unsigned char *mask, int64_t next, int64_t n,
                           vec_maps m, bool ask, bool stream, int activation, bool add)
 {
@@ -154,8 +155,8 @@ INLINE void gradient_run(const elem *dy, const elem *x, const elem *residual, co
 #define GRADIENT(i, head, lanes, past_cache)                                                                           \
     gradient_vector(dy + (i), x + (i), residual + (i), mask, i, head, dx ? dx + (i) : NULL,                            \
                     dresidual ? dresidual + (i) : NULL, m, through_x, activation, add, lanes, past_cache)
-    const bool bits_first = activation == RELU_WITH_MASK && !stream; /* to begin with a byte of them saves more */
-    const int64_t head = bits_first ? 0 : head_length(dx ? dx : dresidual, n);
+    /* To have a vector's bits begin a byte of the mask saves more than to align it. */
+    const int64_t head = activation == RELU_WITH_MASK && !stream ? 0 : head_length(dx ? dx : dresidual, n);
     int64_t i = head;
     if (head > 0)
         GRADIENT(0, 0, head, false);
