@@ -66,9 +66,6 @@ class BatchNorm(_BatchNorm):
     can_be_inplace: ClassVar[bool] = True
     """Whether a layer of this class can do without its input in the backward pass."""
 
-    dimensions: ClassVar[tuple[int, ...]] = ()
-    """Of an input that a layer of this class takes, as far as the class of `torch.nn` behind it need not look."""
-
     def __init__(
         self,
         num_features: int,
@@ -124,8 +121,6 @@ class BatchNorm(_BatchNorm):
             return self._normalize_and_track(input, residual, mean, var, count)
 
     def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() in self.dimensions:
-            return
         try:
             super()._check_input_dim(input)
         except ValueError as error:  # torch's, which lacks the remedy
@@ -190,8 +185,6 @@ class BatchNorm(_BatchNorm):
 class BatchNorm1d(BatchNorm, torch.nn.BatchNorm1d):
     """Batch normalization of (N, C) or (N, C, L), with a residual and an activation; see `BatchNorm2d`."""
 
-    dimensions = (2, 3)
-
 
 class BatchNorm2d(BatchNorm, torch.nn.BatchNorm2d):
     r"""Batch normalization of (N, C, H, W), with a residual and an activation.
@@ -227,10 +220,6 @@ class BatchNorm2d(BatchNorm, torch.nn.BatchNorm2d):
             `bnkit.functional.batch_norm` raises it for.
     """
 
-    dimensions = (4,)
-
 
 class BatchNorm3d(BatchNorm, torch.nn.BatchNorm3d):
     """Batch normalization of (N, C, D, H, W), with a residual and an activation; see `BatchNorm2d`."""
-
-    dimensions = (5,)

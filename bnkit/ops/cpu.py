@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ._cpu_library import library as _library
 from ._cpu_library import pack_backward, pack_forward
+from ._layout import is_rows, laid_out
 from ._transforms import is_stored
 
 _CPU = torch.device("cpu")
@@ -82,7 +83,7 @@ def forward(
     for_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """y, the mean and invstd (float64) it was normalized with, and what is kept: see `dispatch.Backend`."""
-    x, outer, channels, inner = _laid_out(x)
+    x, (outer, channels, inner) = laid_out(x)
     y = torch.empty_like(x)
     masked = residual is not None and activation == "relu" and for_backward
     mask = _mask_for(x, outer, channels, inner) if masked else None
@@ -111,7 +112,7 @@ def forward(
     )
     if not done:
         raise MemoryError(_NO_MEMORY)
-    if training and (old_mean is not running_mean or old_var is not running_var):
+    if training:
         _copy_back(old_mean, running_mean)
         _copy_back(old_var, running_var)
     return y, mean, invstd, kept
@@ -135,9 +136,9 @@ def backward(
         x = x.to(dy.dtype)
     if mean.dtype is not torch.float64 or invstd.dtype is not torch.float64:
         mean, invstd = mean.double(), invstd.double()
-    x, outer, channels, inner = _laid_out(x)
+    x, (outer, channels, inner) = laid_out(x)
     if mask is not None and x.is_contiguous() != (mask.dim() == 1):  # hooks have reordered what was saved
-        x, outer, channels, inner = _laid_out(_reordered(x))
+        x, (outer, channels, inner) = laid_out(_reordered(x))
     dx = torch.empty_like(x) if needs[0] else None
     dresidual = torch.empty_like(x) if needs[1] and activation is not None else None
     real_weight, real_bias = _as_real(x, weight, bias)
@@ -164,9 +165,7 @@ def backward(
         raise MemoryError(_NO_MEMORY)
     if needs[1] and activation is None:
         dresidual = dy
-    if real_weight is not weight or real_bias is not bias:
-        dweight, dbias = _as_type_of(dweight, weight), _as_type_of(dbias, bias)
-    return dx, dresidual, dweight, dbias
+    return dx, dresidual, _as_type_of(dweight, weight), _as_type_of(dbias, bias)
 
 
 def _mask_for(x: Tensor, outer: int, channels: int, inner: int) -> Tensor | None:
@@ -188,25 +187,6 @@ def _reordered(x: Tensor) -> Tensor:
     return x.movedim(1, -1).contiguous().movedim(-1, 1) if x.is_contiguous() else x.contiguous()
 
 
-def _laid_out(x: Tensor) -> tuple[Tensor, int, int, int]:
-    """x as the kernels read it, (outer, channels, inner): itself, or where its strides fit neither layout, a copy."""
-    samples, channels, *_ = x.shape
-    if x.is_contiguous():
-        return x, samples, channels, x.numel() // (samples * channels)
-    if _is_rows(x):
-        return x, x.numel() // channels, channels, 1
-    if x.stride(1) == 1:
-        return x.movedim(1, -1).contiguous().movedim(-1, 1), x.numel() // channels, channels, 1
-    return x.contiguous(), samples, channels, x.numel() // (samples * channels)
-
-
-def _is_rows(x: Tensor) -> bool:
-    """Whether x is dense with the channel innermost."""
-    if x.dim() == 4:  # the same, in a seventh of the time
-        return x.is_contiguous(memory_format=torch.channels_last)
-    return x.movedim(1, -1).is_contiguous()
-
-
 def _like(tensor: Tensor, x: Tensor) -> Tensor:
     """The tensor in the type and the order of x, which is one of the two that the kernels read."""
     if tensor.dtype is not x.dtype:
@@ -214,12 +194,12 @@ def _like(tensor: Tensor, x: Tensor) -> Tensor:
     if tensor.stride() == x.stride():
         return tensor
     # Strides of dimensions of size 1 tell nothing.
-    is_contiguous, is_rows = tensor.is_contiguous(), _is_rows(tensor)
-    if is_contiguous if x.is_contiguous() else is_rows:
+    contiguous, rows = tensor.is_contiguous(), is_rows(tensor)
+    if contiguous if x.is_contiguous() else rows:
         return tensor
     found = torch.empty_like(x)
-    if is_contiguous or is_rows:
-        return _transposed(tensor, found, to_rows=is_contiguous)
+    if contiguous or rows:
+        return _transposed(tensor, found, to_rows=contiguous)
     return found.copy_(tensor)
 
 

@@ -15,6 +15,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from ._layout import laid_out
 from ._transforms import is_stored
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -57,7 +58,7 @@ def forward(
     """y, the mean and invstd it was normalized with, and what is kept, never a mask: see `dispatch.Backend`."""
     from ._triton_forward import batch_norm_forward, batch_norm_inference
 
-    x, shape = _laid_out(x)
+    x, shape = laid_out(x)
     kept = None if activation is None else residual
     residual = None if residual is None else _like(residual, x)
     with torch.cuda.device_of(x):
@@ -87,24 +88,11 @@ def backward(
     """dx, dresidual, dweight, dbias, as far as needed: see `dispatch.Backend`."""
     from ._triton_backward import batch_norm_backward
 
-    x, shape = _laid_out(x)
+    x, shape = laid_out(x)
     dy = _like(dy, x)
     residual = None if kept is None else _like(kept, x)
     with torch.cuda.device_of(x):
         return batch_norm_backward(dy, x, residual, weight, bias, mean, invstd, training, activation, needs, shape)
-
-
-def _laid_out(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
-    """x as the kernels read it, with (N, C, S) of `_triton_tiles`: itself, or where its strides do not fit, a copy."""
-    channels = x.shape[1]
-    planes = (x.shape[0], channels, x.numel() // (x.shape[0] * channels))
-    if x.is_contiguous():
-        return x, planes
-    rows = x.movedim(1, -1)
-    if rows.is_contiguous() or x.stride(1) == 1:
-        x = x if rows.is_contiguous() else rows.contiguous().movedim(-1, 1)
-        return x, (x.numel() // channels, channels, 1)
-    return x.contiguous(), planes
 
 
 def _like(tensor: Tensor, x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ mode, they see those of `operators`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -56,46 +57,6 @@ def batch_norm(
     inplace: bool = False,
 ) -> Tensor:
     """`functional.batch_norm` of arguments already validated."""
-    if (
-        transforms_active()
-        or is_recorded()
-        or torch.compiler.is_compiling()
-        or _len_torch_dispatch_stack()
-        or isinstance(momentum, Tensor)
-    ):
-        y = _unless_direct(
-            x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual, inplace
-        )
-        if y is not None:
-            return y
-    assert not isinstance(momentum, Tensor)
-    plain = {type(x), type(running_mean), type(running_var), type(weight), type(bias), type(residual)} <= PLAIN
-    backend = first_to_support(x, (running_mean, running_var, weight, bias), residual) if plain else None
-    if inplace and plain and x.numel() and _inplace.is_possible(x, weight, bias):
-        y = _inplace.batch_norm(
-            backend, x, running_mean, running_var, weight, bias, training, momentum, eps, activation
-        )
-    else:
-        y = serve(backend, x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual)
-    if backend is not None:
-        count_version(training, running_mean, running_var)
-    return y
-
-
-def _unless_direct(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float | Tensor,
-    eps: float,
-    activation: str | None,
-    residual: Tensor | None,
-    inplace: bool,
-) -> Tensor | None:
-    """y where no backend may be called with these arguments; None where one may after all."""
     if transforms_active() or is_recorded():
         tensors = (x, running_mean, running_var, weight, bias, residual, momentum)
         if is_recorded() or are_transformed(tensors):
@@ -110,16 +71,35 @@ def _unless_direct(
                     x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual, inplace
                 )
     if isinstance(momentum, Tensor):  # backends take a number, for which the host would wait
-
-        def normalize(mean: Tensor | None, var: Tensor | None) -> Tensor:
-            return batch_norm(x, mean, var, weight, bias, training, 1.0, eps, activation, residual, inplace)
-
+        # Not a function within this one, which would be slower to get at its variables on every call.
+        normalize = partial(
+            batch_norm,
+            x,
+            weight=weight,
+            bias=bias,
+            training=training,
+            momentum=1.0,
+            eps=eps,
+            activation=activation,
+            residual=residual,
+            inplace=inplace,
+        )
         return through_own_statistics(normalize, x, running_mean, running_var, training, momentum)
     if torch.compiler.is_compiling() or _len_torch_dispatch_stack():
         return torch.ops.bnkit.batch_norm(
             x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual
         )
-    return None
+    plain = {type(x), type(running_mean), type(running_var), type(weight), type(bias), type(residual)} <= PLAIN
+    backend = first_to_support(x, (running_mean, running_var, weight, bias), residual) if plain else None
+    if inplace and plain and x.numel() and _inplace.is_possible(x, weight, bias):
+        y = _inplace.batch_norm(
+            backend, x, running_mean, running_var, weight, bias, training, momentum, eps, activation
+        )
+    else:
+        y = serve(backend, x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual)
+    if backend is not None:
+        count_version(training, running_mean, running_var)
+    return y
 
 
 def by_reference(

@@ -18,6 +18,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from .._checks import UserError
 from . import dispatch
 from ._backend import Backend, Gradients
+from ._layout import is_rows
 from ._transforms import transforms_active
 
 _INPUTS = """(Tensor x, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor? weight, Tensor? bias,
@@ -179,7 +180,7 @@ def _laid_out(x: Tensor) -> Tensor:
     strides = _strides(x)
     if x.stride() == strides:
         return x
-    if x.is_contiguous() or x.movedim(1, -1).is_contiguous():  # but for dimensions of size 1
+    if x.is_contiguous() or is_rows(x):  # but for dimensions of size 1
         return x.as_strided(x.shape, strides)
     return x.new_empty_strided(x.shape, strides).copy_(x)
 
