@@ -18,7 +18,7 @@ _FILE = "_bnkit_cpu.so"
 # bnkit_forward and bnkit_backward of csrc/batch_norm.h. As arguments of their own ctypes would convert values one by
 # one, which takes half as long as the arithmetic of a small batch.
 _FORWARD, _BACKWARD = "3q3i??10P2d", "3q3i??12P"
-_INTERFACE = f"1 {_FORWARD} {_BACKWARD}"
+_INTERFACE = f"2 {_FORWARD} {_BACKWARD}"
 pack_forward = struct.Struct(_FORWARD).pack
 pack_backward = struct.Struct(_BACKWARD).pack
 
@@ -59,6 +59,9 @@ def load(path: Path) -> ctypes.CDLL:
     loaded.bnkit_transpose.argtypes = [integer, integer, long, long, long, pointer, pointer]
     loaded.bnkit_transpose.restype = None
     loaded.bnkit_instruction_set.restype = ctypes.c_char_p
+    loaded.bnkit_new_output.argtypes = [ctypes.c_uint8, ctypes.c_uint8, ctypes.c_int32, pointer, ctypes.c_size_t]
+    loaded.bnkit_new_output.restype = pointer
+    loaded.bnkit_give_back_outputs.restype = ctypes.c_size_t
     return loaded
 
 

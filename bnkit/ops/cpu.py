@@ -22,6 +22,8 @@ from torch import Tensor
 from ._cpu_library import library as _library
 from ._cpu_library import pack_backward, pack_forward
 from ._layout import is_rows, laid_out
+from ._outputs import empty_cache as empty_cache
+from ._outputs import empty_like
 from ._transforms import is_stored
 
 _CPU = torch.device("cpu")
@@ -84,7 +86,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """y, the mean and invstd (float64) it was normalized with, and what is kept: see `dispatch.Backend`."""
     x, (outer, channels, inner) = laid_out(x)
-    y = torch.empty_like(x)
+    y = empty_like(x)
     masked = residual is not None and activation == "relu" and for_backward
     mask = _mask_for(x, outer, channels, inner) if masked else None
     kept = None if activation is None else residual if mask is None else mask
@@ -139,8 +141,8 @@ def backward(
     x, (outer, channels, inner) = laid_out(x)
     if mask is not None and x.is_contiguous() != (mask.dim() == 1):  # hooks have reordered what was saved
         x, (outer, channels, inner) = laid_out(_reordered(x))
-    dx = torch.empty_like(x) if needs[0] else None
-    dresidual = torch.empty_like(x) if needs[1] and activation is not None else None
+    dx = empty_like(x) if needs[0] else None
+    dresidual = empty_like(x) if needs[1] and activation is not None else None
     real_weight, real_bias = _as_real(x, weight, bias)
     dweight = torch.empty_like(real_weight) if needs[2] and real_weight is not None else None
     dbias = torch.empty_like(real_bias) if needs[3] and real_bias is not None else None
@@ -197,7 +199,7 @@ def _like(tensor: Tensor, x: Tensor) -> Tensor:
     contiguous, rows = tensor.is_contiguous(), is_rows(tensor)
     if contiguous if x.is_contiguous() else rows:
         return tensor
-    found = torch.empty_like(x)
+    found = empty_like(x)
     if contiguous or rows:
         return _transposed(tensor, found, to_rows=contiguous)
     return found.copy_(tensor)

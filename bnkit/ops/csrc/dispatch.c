@@ -1,12 +1,11 @@
-/* The library's five functions: choose the instruction set and the number of threads, then run the kernels. */
+/* The functions that compute: choose the instruction set and the number of threads, then run the kernels. */
 #include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "batch_norm.h"
+#include "export.h"
 #include "memory.h"
-
-#define EXPORT __attribute__((visibility("default")))
 
 enum {
     ELEMENTS_PER_THREAD = 16384, /* with fewer, waking a thread costs more than it does */
@@ -110,7 +109,7 @@ static bool same_alignment(const void *a, const void *b)
 
 /* What the arguments are packed as (Python's struct): a library of other sources would misread them. The number counts
  * changes of meaning alone. */
-EXPORT const char *bnkit_interface(void) { return "1 3q3i??10P2d 3q3i??12P"; }
+EXPORT const char *bnkit_interface(void) { return "2 3q3i??10P2d 3q3i??12P"; }
 
 EXPORT const char *bnkit_instruction_set(void) { return chosen.name; }
 

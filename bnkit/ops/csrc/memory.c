@@ -7,7 +7,7 @@
 #include <sys/mman.h>
 #endif
 
-enum { HUGE_PAGE = 2 << 20, LARGE_OUTPUT = 4 << 20 };
+enum { LARGE_OUTPUT = 4 << 20 };
 
 void bnkit_advise_output(void *start, size_t bytes)
 {
