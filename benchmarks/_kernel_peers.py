@@ -39,7 +39,9 @@ class CuDNN(nn.BatchNorm2d):
 
 
 def _cudnn(problem: Problem, device: str) -> nn.Module | None:
-    return CuDNN(problem.shape[1]) if device == "cuda" and len(problem.shape) == 4 else None
+    """Of images; in bfloat16 it would have the parameters in bfloat16 too."""
+    takes_it = device == "cuda" and len(problem.shape) == 4 and problem.dtype is not torch.bfloat16
+    return CuDNN(problem.shape[1]) if takes_it else None
 
 
 class Apex(nn.Module):

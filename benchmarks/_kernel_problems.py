@@ -33,17 +33,17 @@ class Problem:
 
     def passes(self, device: str) -> int:
         """Over memory, with each channel kept in cache: read x, write y; read x and dy, write dx. A residual is read
-        once, and its gradient is written. On a GPU, those of the way that the kernels take: what does not fit in
-        registers is read once more in each direction, dy too."""
-        once = 7 if self.residual else 5
+        once, and its gradient is written. On a GPU, those of the way that the kernels take: the backward pass reads
+        the residual too, and what does not fit in registers is read twice, but for the residual in the forward pass."""
         if device != "cuda":
-            return once
+            return 7 if self.residual else 5
         from bnkit.ops._triton_tiles import slabs
 
         batch, channels, *sizes = self.shape
-        plane = torch.Size(sizes).numel()
+        plane, residual = torch.Size(sizes).numel(), int(self.residual)
         shape = (batch * plane, channels, 1) if self.channels_last else (batch, channels, plane)
-        return once + (slabs(shape, tensors=1) is None) + 2 * (slabs(shape, tensors=2) is None)
+        forward = 2 + residual + (slabs(shape, tensors=1 + residual) is None)
+        return forward + 3 + 2 * residual + (2 + residual) * (slabs(shape, tensors=2) is None)
 
     @property
     def layout(self) -> str:

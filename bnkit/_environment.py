@@ -28,6 +28,13 @@ def _memory_gib() -> float | None:
         return None
 
 
+def _version() -> str | None:
+    try:
+        return metadata.version("bnkit")
+    except metadata.PackageNotFoundError:  # run from its sources
+        return None
+
+
 def describe_machine() -> dict[str, str | int | float | None]:
     """Machine, versions and settings of this process, as plain values for reports and results files."""
     return {
@@ -39,7 +46,7 @@ def describe_machine() -> dict[str, str | int | float | None]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "bnkit": metadata.version("bnkit"),
+        "bnkit": _version(),
         "threads": torch.get_num_threads(),
         "allocator": allocator_setting(),
     }

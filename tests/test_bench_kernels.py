@@ -35,9 +35,10 @@ def test_bytes_and_passes(bench):
 def test_passes_of_the_way_that_the_kernels_take_on_a_gpu(bench):
     pytest.importorskip("triton", reason="Triton is not installed")
     assert problem_of(bench, (60, 100)).passes("cuda") == 5
+    assert problem_of(bench, (60, 100), residual=True).passes("cuda") == 8
     assert problem_of(bench, (32, 256, 32, 32)).passes("cuda") == 7  # x alone fits in registers, x and dy do not
     assert problem_of(bench, LARGE).passes("cuda") == 8
-    assert problem_of(bench, LARGE, residual=True, channels_last=True).passes("cuda") == 10
+    assert problem_of(bench, LARGE, residual=True, channels_last=True).passes("cuda") == 12
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -75,7 +76,8 @@ def test_bars_on_gpus(bench, shape, dtype):
     problem = problem_of(bench, shape, dtype=dtype)
     assert bench.bars(problem, "default", "cuda") == {"limit": 0.9, "compile": 1.0}
     problem = problem_of(bench, shape, dtype=dtype, channels_last=True)
-    assert bench.bars(problem, "default", "cuda") == {"limit": 0.9, "compile": 1.0, "cudnn": 1.0}
+    cudnn = {} if dtype is torch.bfloat16 else {"cudnn": 1.0}
+    assert bench.bars(problem, "default", "cuda") == {"limit": 0.9, "compile": 1.0, **cudnn}
 
 
 def test_peers_that_are_not_installed(bench, monkeypatch):

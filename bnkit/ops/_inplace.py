@@ -47,11 +47,14 @@ def is_possible(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
     """Whether a gradient will be asked for, and x̂ can be had from y, which costs a look at the parameters.
 
     y = weight · x̂ + bias holds half the digits of x̂ or more while |weight| > √ulp · |bias|; none of a weight of 0.
+    False while a CUDA graph is captured, which allows no look.
     """
     if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (x, weight, bias)):
         return False
     if weight is None:
         return True
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
     info = torch.finfo(x.dtype)
     least = weight.detach().new_tensor(math.sqrt(info.tiny))
     if bias is not None:

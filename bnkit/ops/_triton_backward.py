@@ -32,7 +32,7 @@ _Inputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Ten
 """What every kernel reads: dy, x, residual, weight, bias, mean, invstd."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _batch_norm_backward_kernel(
     dy_ptr,  # read, (N, C, S)
     x_ptr,  # read, (N, C, S)
@@ -75,7 +75,7 @@ def _batch_norm_backward_kernel(
         tl.store(dx_ptr + offsets, dx, mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "SPLITS", "tiles", "tiles_per_split"])
 def _batch_norm_backward_sums_kernel(
     dy_ptr,  # read, (N, C, S)
     x_ptr,  # read, (N, C, S)
@@ -116,7 +116,7 @@ def _batch_norm_backward_sums_kernel(
     tl.store(partial_ptr + SPLITS * C, channel_sum(sum_gx), mask=c < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["SPLITS"])
 def _batch_norm_backward_merge_kernel(
     partials_ptr,  # read, (2, SPLITS, C), float32: Σ g and Σ g · x̂
     sums_ptr,  # written, (2, C), float32
@@ -141,7 +141,7 @@ def _batch_norm_backward_merge_kernel(
         tl.store(dweight_ptr + c, sum_gx, mask=c < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _batch_norm_backward_apply_kernel(
     dy_ptr,  # read, (N, C, S)
     x_ptr,  # read, (N, C, S)
@@ -192,7 +192,7 @@ def _gradient_and_xhat(
     g = load(dy_ptr, offsets, exists)
     if ACTIVATION is not None:
         center, scale, shift = affine(mean, invstd, weight_ptr, bias_ptr, c, c < C)
-        z = preactivation(x, center, scale, shift, residual_ptr, offsets, exists)
+        z = preactivation(x - spread(center), scale, shift, residual_ptr, offsets, exists)
         g = activation_gradient(g, z, ACTIVATION)
     center, rest = halves(mean)
     return g, (x - spread(center)) * spread(invstd) - spread(rest * invstd)

@@ -2,6 +2,8 @@
 
 `mean` is float64, since float32 would round it by a good part of a small deviation; a kernel takes it as two float32
 numbers. Nothing of a tensor's size is float64. Sums are in a fixed order: results are the same from run to run.
+
+What follows from the batch's size is kept out of Triton's specialization, so that few sizes compile a kernel anew.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from ._triton_tiles import (
     affine,
     channel_sum,
     corner,
+    halves,
     load,
     merging,
     preactivation,
@@ -28,7 +31,7 @@ from ._triton_tiles import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _batch_norm_forward_kernel(
     x_ptr,  # read, (N, C, S)
     residual_ptr,  # read, (N, C, S), or None
@@ -56,21 +59,21 @@ def _batch_norm_forward_kernel(
     c = c0 + tl.arange(0, BLOCK_C)
     offsets, exists = tile(0, c0, 0, N, C, S, BLOCK_N, BLOCK_C, BLOCK_S)
     x = load(x_ptr, offsets, exists)
-    center = channel_sum(x) / count
-    deviation = tl.where(exists, x - spread(center), 0.0)
-    rest = channel_sum(deviation) / count
-    deviation = tl.where(exists, deviation - spread(rest), 0.0)
-    mean = center.to(tl.float64) + rest.to(tl.float64)
+    near = channel_sum(x) / count
+    mean = near.to(tl.float64) + (channel_sum(tl.where(exists, x - spread(near), 0.0)) / count).to(tl.float64)
+    center, rest = halves(mean)
+    x -= spread(center)  # in its place: registers have room for one such tile
+    deviation = tl.where(exists, x - spread(rest), 0.0)
     var = channel_sum(deviation * deviation) / count
     invstd = _write_statistics(
         mean, var, c, C, running_mean_ptr, running_var_ptr, mean_ptr, invstd_ptr, unbias, momentum, eps
     )
-    center, scale, shift = affine(mean, invstd, weight_ptr, bias_ptr, c, c < C)
-    z = preactivation(x, center, scale, shift, residual_ptr, offsets, exists)
+    _, scale, shift = affine(mean, invstd, weight_ptr, bias_ptr, c, c < C)
+    z = preactivation(x, scale, shift, residual_ptr, offsets, exists)
     tl.store(y_ptr + offsets, activate(z, ACTIVATION), mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "SPLITS", "tiles", "tiles_per_split"])
 def _batch_norm_moments_kernel(
     x_ptr,  # read, (N, C, S)
     partials_ptr,  # written, (3, SPLITS, C), float64: count, mean and m2
@@ -113,7 +116,7 @@ def _batch_norm_moments_kernel(
     tl.store(partial_ptr + 2 * SPLITS * C, m2.to(tl.float64), mask=c < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["SPLITS"])
 def _batch_norm_statistics_kernel(
     partials_ptr,  # read, (3, SPLITS, C), float64: count, mean and m2
     running_mean_ptr,  # updated, (C,), or None
@@ -144,7 +147,7 @@ def _batch_norm_statistics_kernel(
     _write_statistics(mean, var, c, C, running_mean_ptr, running_var_ptr, mean_ptr, invstd_ptr, unbias, momentum, eps)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _batch_norm_normalize_kernel(
     x_ptr,  # read, (N, C, S)
     residual_ptr,  # read, (N, C, S), or None
@@ -169,11 +172,12 @@ def _batch_norm_normalize_kernel(
     center, scale, shift = affine(mean, load(invstd_ptr, c, c < C), weight_ptr, bias_ptr, c, c < C)
     n0, s0 = corner(tl.program_id(0) // groups, S, BLOCK_N, BLOCK_S)
     offsets, exists = tile(n0, c0, s0, N, C, S, BLOCK_N, BLOCK_C, BLOCK_S)
-    z = preactivation(load(x_ptr, offsets, exists), center, scale, shift, residual_ptr, offsets, exists)
+    deviation = load(x_ptr, offsets, exists) - spread(center)
+    z = preactivation(deviation, scale, shift, residual_ptr, offsets, exists)
     tl.store(y_ptr + offsets, activate(z, ACTIVATION), mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _batch_norm_inference_kernel(
     x_ptr,  # read, (N, C, S)
     residual_ptr,  # read, (N, C, S), or None
@@ -206,7 +210,8 @@ def _batch_norm_inference_kernel(
     center, scale, shift = affine(mean, invstd, weight_ptr, bias_ptr, c, c < C)
     n0, s0 = corner(index, S, BLOCK_N, BLOCK_S)
     offsets, exists = tile(n0, c0, s0, N, C, S, BLOCK_N, BLOCK_C, BLOCK_S)
-    z = preactivation(load(x_ptr, offsets, exists), center, scale, shift, residual_ptr, offsets, exists)
+    deviation = load(x_ptr, offsets, exists) - spread(center)
+    z = preactivation(deviation, scale, shift, residual_ptr, offsets, exists)
     tl.store(y_ptr + offsets, activate(z, ACTIVATION), mask=exists)
 
 
@@ -248,7 +253,7 @@ def batch_norm_forward(
     count = shape[0] * shape[2]
     statistics = (running_mean, running_var, mean, invstd)
     numbers = (float(count), count / (count - 1), momentum, eps)
-    if tiling := slabs(shape, tensors=1):
+    if tiling := slabs(shape, tensors=1 if residual is None else 2):
         _batch_norm_forward_kernel[(tiling.groups,)](
             x, residual, weight, bias, *statistics, y, *shape, *numbers, **tiling.constants(ACTIVATION=activation)
         )

@@ -148,9 +148,9 @@ def affine(mean, invstd, weight_ptr, bias_ptr, c, exists):
 
 
 @triton.jit
-def preactivation(x, center, scale, shift, residual_ptr, offsets, exists):
-    """z = weight · x̂ + bias + residual of a tile: the same in the forward and in the backward pass."""
-    z = (x - spread(center)) * spread(scale) + spread(shift)
+def preactivation(deviation, scale, shift, residual_ptr, offsets, exists):
+    """z = weight · x̂ + bias + residual of a tile, of x - center: the same in the forward and in the backward pass."""
+    z = deviation * spread(scale) + spread(shift)
     if residual_ptr is not None:
         z += load(residual_ptr, offsets, exists)
     return z

@@ -71,10 +71,16 @@ def batch_norm(case: Case) -> Tensor:
 
 
 def run(case: Case, device: str) -> oracle.Results:
-    """The kernels' results for a case, on the CPU. `Tensor.to` keeps strides."""
+    """The kernels' results for a case, on the CPU."""
     fields = {f.name: getattr(case, f.name) for f in dataclasses.fields(case)}
-    moved = Case(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in fields.items()})
+    moved = Case(**{k: on(device, v) if isinstance(v, Tensor) else v for k, v in fields.items()})
     return {k: None if v is None else v.cpu() for k, v in oracle.run(moved, batch_norm).items()}
+
+
+def on(device: str, tensor: Tensor) -> Tensor:
+    """The tensor there, as it lies in memory: `Tensor.to` leaves out gaps, offsets and repetitions."""
+    storage = torch.empty(0, dtype=tensor.dtype, device=device).set_(tensor.untyped_storage().to(device=device))
+    return storage.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 def check(case: Case, device: str, label: str = "") -> None:
@@ -103,6 +109,19 @@ def test_shapes(device, shape, layout):
     for training, residual in itertools.product((True, False), repeat=2):
         case = make_case(shape, layout=layout, training=training, activation="relu", residual=residual)
         check(case, device, f"training={training} residual={residual}")
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    "shape", [(32, 64, 56, 56), (8, 16, 75, 77), (16, 256, 14, 14), (32, 512, 7, 7), (32, 24, 8, 8)]
+)
+def test_blocks_of_full_size(device, shape, layout):
+    """Several warps a program, and aligned runs that are read many bytes at a time."""
+    if device == "cpu" and shape[-1] != 8:
+        pytest.skip("takes the interpreter minutes")
+    for dtype, residual in itertools.product((torch.float32, torch.bfloat16), (True, False)):
+        case = make_case(shape, dtype=dtype, layout=layout, activation="relu", residual=residual)
+        check(case, device, f"{dtype} residual={residual}")
 
 
 @pytest.mark.parametrize("activation", oracle.ACTIVATIONS)

@@ -17,7 +17,10 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 TYPES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
 OPTIONS = ("num_warps", "enable_fp_fusion")
 SHAPES = {
-    (16, 256, 1024): "the largest slab that is read once forward, and the largest backward",
+    (32, 256, 1024): "planes, the largest slab that is read once forward, without a residual",
+    (2048, 512, 1): "the same of rows",
+    (16, 256, 1024): "planes, the largest slab that is read once forward with a residual, and backward",
+    (1024, 512, 1): "the same of rows",
     (32, 512, 49): "planes of which no tile is aligned",
     (64, 64, 12544): "two sweeps over planes",
     (100352, 256, 1): "two sweeps over rows",
@@ -70,8 +73,8 @@ def compile_kernel(kernel: Any, values: tuple, named: dict[str, Any], capability
     assert set(arguments) == set(kernel.arg_names)
     signature, constants, aligned = {}, {}, {}
     for i, (name, parameter) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):
-        value = arguments[name]
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        value, special = arguments[name], not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and special):
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, Tensor):
             signature[name] = "*" + TYPES[value.dtype]
@@ -80,7 +83,7 @@ def compile_kernel(kernel: Any, values: tuple, named: dict[str, Any], capability
             signature[name] = "fp32"
         else:
             signature[name] = "i32" if value < 2**31 else "i64"
-            aligned |= {(i,): [["tt.divisibility", 16]]} if value % 16 == 0 else {}
+            aligned |= {(i,): [["tt.divisibility", 16]]} if value % 16 == 0 and special else {}
     source = triton.compiler.ASTSource(kernel, signature, constants, aligned)
     target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
     return triton.compile(source, target=target, options=options)
@@ -97,12 +100,14 @@ def spilled_bytes(cubin: bytes, folder: Path) -> int:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_kernels_compile_and_keep_their_values_in_registers(shape, launches, tmp_path, monkeypatch):
+@pytest.mark.parametrize("optional", [True, False])
+def test_kernels_compile_and_keep_their_values_in_registers(shape, optional, launches, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    launch(shape, torch.float32, "relu", optional=True)
+    launch(shape, torch.float32, "relu", optional=optional)
     for kernel, values, named in launches:
         compiled = compile_kernel(kernel, values, named, 90)
-        assert spilled_bytes(compiled.asm["cubin"], tmp_path) == 0, kernel.__name__
+        spilled = 16 if shape in ((2048, 512, 1), (1024, 512, 1)) else 0  # four registers, in the largest slabs of rows
+        assert spilled_bytes(compiled.asm["cubin"], tmp_path) <= spilled, kernel.__name__
 
 
 @pytest.mark.parametrize("capability", [80, 90])

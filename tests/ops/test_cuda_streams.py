@@ -76,6 +76,19 @@ def test_a_captured_inference_is_replayed_on_new_values(shape, layout):
         assert torch.equal(y, layer(*inputs))
 
 
+def test_inplace_can_be_captured():
+    """What is kept then is the input: the look at the parameters would have to wait for them."""
+    x = torch.randn(8, 16, 7, 7, device="cuda", requires_grad=True)
+    layer = bnkit.nn.BatchNorm2d(16, activation="leaky_relu", inplace=True).cuda()
+    warmed_up(layer, [x], torch.ones_like(x))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(layer, [x], torch.ones_like(x))
+    graph.replay()
+    for ours, expected in zip(captured, step(layer, [x], torch.ones_like(x)), strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
 @pytest.mark.parametrize(("shape", "layout"), CASES, ids=str)
 def test_a_stream_of_its_own(shape, layout):
     """The kernels wait for what comes before them in the current stream, and for nothing else."""
