@@ -126,3 +126,22 @@ def test_streams_at_once():
         torch.cuda.synchronize()
         for results, wanted in zip(found, expected, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(results, wanted, strict=True))
+
+
+@pytest.mark.skipif(cuda.available() and torch.cuda.mem_get_info()[0] < 30 << 30, reason="takes 30 GiB of the GPU")
+def test_more_values_than_32_bits_count():
+    """The last rows are where offsets of 32 bits would have come round."""
+    rows, channels = 2**31 // 96 + 1000, 96
+    x, dy = (torch.randn(rows, channels, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    x.requires_grad_()
+    layer = bnkit.nn.BatchNorm1d(channels, activation="relu").cuda()
+    y, dx, dweight, dbias = step(layer, [x], dy)
+    mean, var = layer.running_mean / 0.1, (layer.running_var - 0.9) / 0.1
+    torch.testing.assert_close(mean, torch.zeros_like(mean), rtol=0, atol=1e-2)
+    torch.testing.assert_close(var, torch.ones_like(var), rtol=0, atol=1e-2)
+    last = slice(rows - 500, rows)
+    xhat = (x[last].detach().float() - mean) * (var + layer.eps).rsqrt()
+    g = torch.where(xhat > 0, dy[last].float(), 0.0)
+    torch.testing.assert_close(y[last].float(), xhat.relu(), rtol=1e-2, atol=1e-2)
+    wanted = (g - dbias / rows - xhat * dweight / rows) * (var + layer.eps).rsqrt()
+    torch.testing.assert_close(dx[last].float(), wanted, rtol=1e-2, atol=1e-2)
