@@ -90,6 +90,15 @@ def test_peers_that_are_not_installed(bench, monkeypatch):
     assert not any(make(problem, "cpu") for make in peers.OTHERS.values())
 
 
+def test_peers_that_fail_are_left_out(bench, capsys):
+    def refuse():
+        raise RuntimeError("no such type\nat length")
+
+    steps = {"bnkit": int, "eager": int, "cudnn": refuse, "timm": int, "copy": int}
+    assert list(bench._that_run(steps)) == ["bnkit", "eager", "timm", "copy"]
+    assert capsys.readouterr().err == "cudnn is left out: no such type\n"
+
+
 def row(reached: float, bar: float | None) -> dict:
     return {"of_limit": reached, "bnkit_is_faster_by": reached, "bar": bar}
 
