@@ -14,9 +14,10 @@ from ._cpu_library import library
 
 _KEPT_FROM = 16 << 20  # bytes; below, what the C library's allocator does costs little
 _DLPACK_TYPES = {torch.float32: (2, 32), torch.bfloat16: (4, 16), torch.float16: (2, 16), torch.float64: (2, 64)}
-_capsule = ctypes.pythonapi.PyCapsule_New
-_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
-_capsule.restype = ctypes.py_object
+# Not `ctypes.pythonapi.PyCapsule_New` itself, whose types are everyone's to set.
+_capsule = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)(
+    ("PyCapsule_New", ctypes.pythonapi)
+)
 
 
 def empty_like(x: Tensor) -> Tensor:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import itertools
 import os
+import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,6 +35,7 @@ pytestmark = [
 def _empty(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Nothing is kept before, and the allocator counts as not tuned, whatever other tests have done."""
     monkeypatch.setattr(_outputs, "allocator_setting", lambda: "default")
+    gc.collect()  # outputs of other tests, which would be kept when they go
     cpu.empty_cache()
     yield
     cpu.empty_cache()
@@ -80,7 +82,7 @@ def test_is_like_torchs(dtype):
 
 
 def test_released_memory_serves_the_next_output():
-    x = large()
+    x = torch.randn(16, MIB // 4)
     first = output(x)
     address = first.data_ptr()
     second = output(x)
@@ -141,19 +143,25 @@ def test_what_does_not_fit_makes_room_oldest_first():
     assert cpu.empty_cache() == 100 * MIB
 
 
-def test_never_holds_more_than_was_once_in_use():
+def test_holds_an_eighth_more_than_was_once_in_use_at_most():
     sizes = [16, 40, 24, 17, 100, 33]
     release_together(*sizes)
     for mib in [64, 20, 150, 16, 90, 100]:
         place_of_one(mib)
         release_together(16, 33, mib)
     assert 100 * MIB <= cpu.empty_cache() <= sum(sizes) * MIB
+    place_of_one(18)
+    held = [_outputs.empty_like(large(mib)) for mib in (16, 18)]  # the first in memory of 18
+    del held
+    assert cpu.empty_cache() == 36 * MIB <= (16 + 18) * MIB * 9 / 8
 
 
 def test_the_system_may_take_what_is_kept():
     def taken_at_need() -> int:
-        lines = Path("/proc/self/smaps").read_text().splitlines()
-        return sum(int(line.split()[1]) for line in lines if line.startswith("LazyFree:"))
+        lines = [line for line in Path("/proc/self/smaps").read_text().splitlines() if line.startswith("LazyFree:")]
+        if not lines:
+            pytest.skip("this system does not say what it may take")
+        return sum(int(line.split()[1]) for line in lines)
 
     before = taken_at_need()
     output(large(64))
@@ -161,9 +169,9 @@ def test_the_system_may_take_what_is_kept():
 
 
 def test_at_most_256_are_kept():
-    held = [_outputs.empty_like(large(16)) for _ in range(260)]
+    held = [_outputs._kept_empty_like(torch.empty(16, MIB // 1024)) for _ in range(260)]
     del held
-    assert cpu.empty_cache() == 256 * 16 * MIB
+    assert cpu.empty_cache() == 256 * MIB // 16
 
 
 def test_without_memory_of_its_own_it_is_torchs(monkeypatch):
@@ -202,34 +210,31 @@ def test_inference_mode():
     assert not output(large()).is_inference()
 
 
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler")
 def test_in_a_compiled_graph():
     layer, x = BatchNorm2d(64, activation="relu").eval(), torch.randn(8, 64, 128, 128)
     compiled = torch.compile(layer, fullgraph=True)
-    for _ in range(3):
-        torch.testing.assert_close(compiled(x), layer(x))
+    y = compiled(x)
+    torch.testing.assert_close(y, layer(x))
+    cpu.empty_cache()
+    del y
+    assert cpu.empty_cache() == x.nbytes
+    torch.testing.assert_close(compiled(x), layer(x))
 
 
 def test_from_many_threads():
-    sizes = itertools.cycle([16, 17, 20, 24])
-    clashes = []
-
     def work(number: int) -> None:
         held: list[Tensor] = []
-        for i, mib in zip(range(60), sizes, strict=False):
+        for i, mib in zip(range(60), itertools.cycle([16, 17, 20, 24]), strict=False):
             y = _outputs.empty_like(large(mib))
             y[:, :: 1 << 12] = number * 1000 + i
             held.append(y)
             if len(held) == 3:
                 oldest = held.pop(0)
-                if oldest[:, :: 1 << 12].unique().tolist() != [number * 1000 + i - 2]:
-                    clashes.append(number)
+                assert oldest[:, :: 1 << 12].unique().tolist() == [number * 1000 + i - 2]
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not clashes
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(work, range(6)))
 
 
 def test_released_by_another_thread():

@@ -1,12 +1,12 @@
 /* A large output's memory, once released, serves the next output of about its size.
  *
  * The C library's allocator gives it back to the system at once. Its pages have to be cleared before anyone gets them again,
- * and that takes as long as the kernels. What is kept here the system may still take whenever it runs short (MADV_FREE). A
- * new piece of memory is asked for only after as much has been given back of what is kept, as far as there is any: so that
- * the outputs never hold more together than they once did in use.
+ * and that takes as long as the kernels. The pages of what is kept here the system may still take whenever it runs short
+ * (MADV_FREE). A new piece of memory is asked for only after as much has been given back of what is kept, as far as there is
+ * any: so the outputs never hold much more together than they once did in use, an eighth at most.
  *
- * Tensors may be released by any thread, and in a forked child whose parent was in here. So nobody waits for the lock: who
- * doesn't get it does without what is kept. */
+ * Tensors may be released by any thread, and in a forked child whose parent was in here. So nobody waits long for the lock:
+ * who doesn't get it does without what is kept. */
 #define _DEFAULT_SOURCE
 #include "outputs.h"
 
@@ -18,12 +18,19 @@
 #endif
 
 #if defined(MADV_FREE)
+#include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
 
-enum { MOST_KEPT = 256, PAGE = 64 << 10 /* the largest that Linux has */, CPU = 1 /* DLPack's kDLCPU */ };
+enum {
+    MOST_KEPT = 256,
+    PAGE = 64 << 10, /* the largest of any machine that PyTorch runs on */
+    ATTEMPTS = 100,  /* to get the lock, which nobody has for longer than a few microseconds */
+    CPU = 1          /* DLPack's kDLCPU */
+};
 
 typedef struct {
     char *start;
@@ -42,7 +49,16 @@ static struct {
     span spans[MOST_KEPT]; /* the one that was released last comes last */
 } kept = {.locked = ATOMIC_FLAG_INIT};
 
-static bool lock(void) { return !atomic_flag_test_and_set_explicit(&kept.locked, memory_order_acquire); }
+static bool lock(void)
+{
+    for (int i = 0; i < ATTEMPTS; i++) {
+        if (!atomic_flag_test_and_set_explicit(&kept.locked, memory_order_acquire))
+            return true;
+        sched_yield();
+    }
+    return false;
+}
+
 static void unlock(void) { atomic_flag_clear_explicit(&kept.locked, memory_order_release); }
 
 static span remove_at(int i)
@@ -107,14 +123,17 @@ static span acquire(size_t bytes)
         unlock();
     }
     give_back(oldest, count);
-    return found.start ? found : map(bytes);
+    if (!found.start)
+        found = map(bytes);
+    if (!found.start && bnkit_give_back_outputs()) /* where what is kept counts against a limit all the same */
+        found = map(bytes);
+    return found;
 }
 
 static void release(bnkit_tensor *tensor)
 {
     const span memory = ((output *)tensor)->memory;
-    madvise(memory.start, memory.bytes, MADV_FREE);
-    if (!keep(memory))
+    if (madvise(memory.start, memory.bytes, MADV_FREE) || !keep(memory))
         give_back(&memory, 1);
     free(tensor);
 }
@@ -155,6 +174,10 @@ EXPORT size_t bnkit_give_back_outputs(void)
     }
     return give_back(all, count);
 }
+
+/* Else the parent would have to copy, page by page, what its next outputs overwrite. */
+static void give_back_in_child(void) { bnkit_give_back_outputs(); }
+__attribute__((constructor)) static void watch_forks(void) { pthread_atfork(NULL, NULL, give_back_in_child); }
 
 #else
 
