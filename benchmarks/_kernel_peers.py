@@ -14,6 +14,8 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from _kernel_problems import Problem
 
+CUDNN_TYPES = (torch.float32, torch.float16)
+"""Of x, beside parameters in float32; in bfloat16 cuDNN's function would have the parameters in bfloat16 too."""
 PACKAGES = {"cpu": ("timm",), "cuda": ("timm", "apex", "inplace_abn")}
 
 
@@ -39,8 +41,7 @@ class CuDNN(nn.BatchNorm2d):
 
 
 def _cudnn(problem: Problem, device: str) -> nn.Module | None:
-    """Of images; in bfloat16 it would have the parameters in bfloat16 too."""
-    takes_it = device == "cuda" and len(problem.shape) == 4 and problem.dtype is not torch.bfloat16
+    takes_it = device == "cuda" and len(problem.shape) == 4 and problem.dtype in CUDNN_TYPES
     return CuDNN(problem.shape[1]) if takes_it else None
 
 

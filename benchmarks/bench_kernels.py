@@ -15,12 +15,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from _harness import in_fresh_process, quantiles, save_results, take_turns
+from _kernel_peers import CUDNN_TYPES
 from _kernel_peers import missing as not_installed
 from _kernel_problems import Problem, last_level_cache, problems, sides
 from rich.console import Console
@@ -28,6 +28,7 @@ from rich.progress import track
 
 from bnkit._allocator import tune_allocator
 from bnkit._checks import FailedCheck, UserError
+from bnkit._environment import installed_version
 from bnkit.ops import cpu, cuda
 from bnkit.report import Table, print_table
 
@@ -75,7 +76,7 @@ def bars(problem: Problem, allocator: str, device: str) -> dict[str, float]:
 
 def _bars_on_gpus(problem: Problem) -> dict[str, float]:
     """In every shape and type, as far as the peer takes it."""
-    has_cudnn = problem.channels_last and problem.dtype is not torch.bfloat16
+    has_cudnn = problem.channels_last and problem.dtype in CUDNN_TYPES
     return {"limit": 0.9, "compile": 1.0, **({"cudnn": 1.0} if has_cudnn else {})}
 
 
@@ -137,7 +138,7 @@ def measure_problem(problem: Problem, allocator: str, rounds: int, device: str) 
                 "bar": bars(problem, allocator, device).get("limit" if side == "bnkit" else side),
                 "rounds": rounds,
                 "repeats": repeats,
-                "timm": _version("timm"),
+                "timm": installed_version("timm"),
             }
         )
     return rows
@@ -169,13 +170,6 @@ def _repeats(step: Callable[[], object], device: str) -> int:
 def _synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def measure(allocator: str, rounds: int, quick: bool, device: str) -> list[Row]:

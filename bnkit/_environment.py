@@ -28,10 +28,11 @@ def _memory_gib() -> float | None:
         return None
 
 
-def _version() -> str | None:
+def installed_version(package: str) -> str | None:
+    """None where it is not installed, as bnkit is not where it is run from its sources."""
     try:
-        return metadata.version("bnkit")
-    except metadata.PackageNotFoundError:  # run from its sources
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
         return None
 
 
@@ -46,7 +47,7 @@ def describe_machine() -> dict[str, str | int | float | None]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "bnkit": _version(),
+        "bnkit": installed_version("bnkit"),
         "threads": torch.get_num_threads(),
         "allocator": allocator_setting(),
     }

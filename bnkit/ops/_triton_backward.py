@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._triton_tiles import (
+    OF_BATCH,
     activation_gradient,
     affine,
     channel_sum,
@@ -32,7 +33,7 @@ _Inputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Ten
 """What every kernel reads: dy, x, residual, weight, bias, mean, invstd."""
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=OF_BATCH)
 def _batch_norm_backward_kernel(
     dy_ptr,  # read, (N, C, S)
     x_ptr,  # read, (N, C, S)
@@ -75,7 +76,7 @@ def _batch_norm_backward_kernel(
         tl.store(dx_ptr + offsets, dx, mask=exists)
 
 
-@triton.jit(do_not_specialize=["N", "SPLITS", "tiles", "tiles_per_split"])
+@triton.jit(do_not_specialize=OF_BATCH)
 def _batch_norm_backward_sums_kernel(
     dy_ptr,  # read, (N, C, S)
     x_ptr,  # read, (N, C, S)
@@ -116,7 +117,7 @@ def _batch_norm_backward_sums_kernel(
     tl.store(partial_ptr + SPLITS * C, channel_sum(sum_gx), mask=c < C)
 
 
-@triton.jit(do_not_specialize=["SPLITS"])
+@triton.jit(do_not_specialize=OF_BATCH)
 def _batch_norm_backward_merge_kernel(
     partials_ptr,  # read, (2, SPLITS, C), float32: Σ g and Σ g · x̂
     sums_ptr,  # written, (2, C), float32
@@ -141,7 +142,7 @@ def _batch_norm_backward_merge_kernel(
         tl.store(dweight_ptr + c, sum_gx, mask=c < C)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=OF_BATCH)
 def _batch_norm_backward_apply_kernel(
     dy_ptr,  # read, (N, C, S)
     x_ptr,  # read, (N, C, S)

@@ -2,8 +2,6 @@
 
 `mean` is float64, since float32 would round it by a good part of a small deviation; a kernel takes it as two float32
 numbers. Nothing of a tensor's size is float64. Sums are in a fixed order: results are the same from run to run.
-
-What follows from the batch's size is kept out of Triton's specialization, so that few sizes compile a kernel anew.
 """
 
 from __future__ import annotations
@@ -14,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._triton_tiles import (
+    OF_BATCH,
     Tiling,
     activate,
     affine,
@@ -31,7 +30,7 @@ from ._triton_tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=OF_BATCH)
 def _batch_norm_forward_kernel(
     x_ptr,  # read, (N, C, S)
     residual_ptr,  # read, (N, C, S), or None
@@ -73,7 +72,7 @@ def _batch_norm_forward_kernel(
     tl.store(y_ptr + offsets, activate(z, ACTIVATION), mask=exists)
 
 
-@triton.jit(do_not_specialize=["N", "SPLITS", "tiles", "tiles_per_split"])
+@triton.jit(do_not_specialize=OF_BATCH)
 def _batch_norm_moments_kernel(
     x_ptr,  # read, (N, C, S)
     partials_ptr,  # written, (3, SPLITS, C), float64: count, mean and m2
@@ -116,7 +115,7 @@ def _batch_norm_moments_kernel(
     tl.store(partial_ptr + 2 * SPLITS * C, m2.to(tl.float64), mask=c < C)
 
 
-@triton.jit(do_not_specialize=["SPLITS"])
+@triton.jit(do_not_specialize=OF_BATCH)
 def _batch_norm_statistics_kernel(
     partials_ptr,  # read, (3, SPLITS, C), float64: count, mean and m2
     running_mean_ptr,  # updated, (C,), or None
@@ -147,7 +146,7 @@ def _batch_norm_statistics_kernel(
     _write_statistics(mean, var, c, C, running_mean_ptr, running_var_ptr, mean_ptr, invstd_ptr, unbias, momentum, eps)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=OF_BATCH)
 def _batch_norm_normalize_kernel(
     x_ptr,  # read, (N, C, S)
     residual_ptr,  # read, (N, C, S), or None
@@ -177,7 +176,7 @@ def _batch_norm_normalize_kernel(
     tl.store(y_ptr + offsets, activate(z, ACTIVATION), mask=exists)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=OF_BATCH)
 def _batch_norm_inference_kernel(
     x_ptr,  # read, (N, C, S)
     residual_ptr,  # read, (N, C, S), or None

@@ -28,6 +28,8 @@ RUN_OF_SWEEP = 64
 PROGRAMS_PER_PROCESSOR = 4
 MOST_SPLITS = 1024
 OPTIONS = {"enable_fp_fusion": True}
+OF_BATCH = ("N", "SPLITS", "tiles", "tiles_per_split")
+"""Arguments of kernels that follow from the batch's size: not specialized, so that few sizes compile a kernel anew."""
 
 
 class Tiling(NamedTuple):

@@ -6,6 +6,8 @@ import ctypes
 import functools
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,6 +80,23 @@ def only_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(dispatch, "BACKENDS", (cpu,))
     monkeypatch.setattr(reference, "batch_norm", refuse)
+
+
+def in_fresh_process(script: str, **environment: str) -> list[str]:
+    """The words that the script prints. A hang is a failure."""
+    preamble = "import os, sys; sys.path[:0] = {}\nimport torch, oracle\nfrom _cases import batch_norm\n"
+    here = Path(__file__).parent
+    paths = [str(here), str(here.parent), *sys.path]
+    done = subprocess.run(
+        [sys.executable, "-c", preamble.format(paths) + script],
+        env=os.environ | environment,
+        timeout=120,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
 
 
 def batch_norm(case: Case) -> Tensor:

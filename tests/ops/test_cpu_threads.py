@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ from _cases import (  # noqa: F401
     assert_identical,
     batch_norm,
     check,
+    in_fresh_process,
     instruction_set,
     needs_kernels,
     only_kernels,
@@ -154,23 +154,6 @@ def test_other_python_threads_run_meanwhile():
         sys.setswitchinterval(interval)
         worker.join()
     assert seen[0]
-
-
-def in_fresh_process(script: str, **environment: str) -> list[str]:
-    """The words that the script prints. A hang is a failure."""
-    preamble = "import os, sys; sys.path[:0] = {}\nimport torch, oracle\nfrom _cases import batch_norm\n"
-    here = Path(__file__).parent
-    paths = [str(here), str(here.parent), *sys.path]
-    done = subprocess.run(
-        [sys.executable, "-c", preamble.format(paths) + script],
-        env=os.environ | environment,
-        timeout=120,
-        check=False,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.split()
 
 
 POOL = """

@@ -1,12 +1,12 @@
 /* A large output's memory, once released, serves the next output of about its size.
  *
- * The C library's allocator gives it back to the system at once. Its pages have to be cleared before anyone gets them again,
- * and that takes as long as the kernels. The pages of what is kept here the system may still take whenever it runs short
- * (MADV_FREE). A new piece of memory is asked for only after as much has been given back of what is kept, as far as there is
- * any: so the outputs never hold much more together than they once did in use, an eighth at most.
+ * The C library's allocator gives it back to the system at once. Its pages have to be cleared before anyone gets them
+ * again, and that takes as long as the kernels. The pages of what is kept here the system may still take whenever it
+ * runs short (MADV_FREE). A new piece of memory is asked for only after as much has been given back of what is kept, as
+ * far as there is any: so the outputs never hold much more together than they once did in use, an eighth at most.
  *
- * Tensors may be released by any thread, and in a forked child whose parent was in here. So nobody waits long for the lock:
- * who doesn't get it does without what is kept. */
+ * Tensors may be released by any thread, and in a forked child whose parent was in here. So nobody waits long for the
+ * lock: who doesn't get it does without what is kept. */
 #define _DEFAULT_SOURCE
 #include "outputs.h"
 
@@ -68,8 +68,8 @@ static span remove_at(int i)
     return found;
 }
 
-/* Takes what fits with at most an eighth to spare, the span released last. If there is none, takes the oldest ones out instead,
- * to be given back: as many bytes as are wanted. */
+/* Takes what fits with at most an eighth to spare, the span released last. If there is none, takes the oldest ones out
+ * instead, to be given back: as many bytes as are wanted. */
 static span take(size_t bytes, span *oldest, int *count)
 {
     for (int i = kept.count - 1; i >= 0; i--)
@@ -138,7 +138,8 @@ static void release(bnkit_tensor *tensor)
     free(tensor);
 }
 
-EXPORT bnkit_tensor *bnkit_new_output(uint8_t code, uint8_t bits, int32_t dimensions, const int64_t *layout, size_t bytes)
+EXPORT bnkit_tensor *bnkit_new_output(uint8_t code, uint8_t bits, int32_t dimensions, const int64_t *layout,
+                                      size_t bytes)
 {
     const size_t layout_bytes = 2 * (size_t)dimensions * sizeof *layout;
     output *made = malloc(sizeof *made + layout_bytes);
@@ -181,7 +182,8 @@ __attribute__((constructor)) static void watch_forks(void) { pthread_atfork(NULL
 
 #else
 
-EXPORT bnkit_tensor *bnkit_new_output(uint8_t code, uint8_t bits, int32_t dimensions, const int64_t *layout, size_t bytes)
+EXPORT bnkit_tensor *bnkit_new_output(uint8_t code, uint8_t bits, int32_t dimensions, const int64_t *layout,
+                                      size_t bytes)
 {
     (void)code, (void)bits, (void)dimensions, (void)layout, (void)bytes;
     return NULL;
