@@ -120,7 +120,7 @@ def _of_paper(name: str, context: typer.Context) -> dict[str, Any]:
     own = {"activation": of_model.activation, "dropout": of_model.dropout, "lrn": of_model.lrn}
     known = models.options(model)
     options = [f"{key}={value}" for key, value in own.items() if key in known]
-    return {**free, "option": options + (context.params["option"] or [])}
+    return {**free, "option": [*options, *(context.params["option"] or ())]}
 
 
 def _is_given(context: typer.Context, option: str) -> bool:

@@ -100,6 +100,14 @@ class BatchNorm(_BatchNorm):
             f"{type(self).__name__} needs its input for the backward pass, got inplace=True: leave it False.",
         )
 
+    def reset_parameters(self) -> None:
+        """Statistics 0 and 1, weight 1, bias 0. That of torch.nn, in PyTorch 2.11, takes a weight to have a bias."""
+        self.reset_running_stats()
+        if self.weight is not None:
+            torch.nn.init.ones_(self.weight)
+        if self.bias is not None:
+            torch.nn.init.zeros_(self.bias)
+
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """activation(batch_norm(input) + residual), of the input's shape.
 

@@ -31,7 +31,10 @@ OPTIONS = [
 
 def pair(ours, theirs, **options):
     """One layer of each kind with the same random state."""
-    mine, other = ours(4, **options), theirs(4, **options)
+    has_bias = options.pop("bias", True)
+    mine, other = ours(4, bias=has_bias, **options), theirs(4, **options)
+    if not has_bias:  # which is no option of theirs in PyTorch 2.11
+        other.register_parameter("bias", None)
     for tensor in (*other.parameters(), *other.buffers()):
         if tensor.is_floating_point():
             tensor.data.uniform_(0.5, 2.0)

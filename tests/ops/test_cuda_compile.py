@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -99,6 +100,13 @@ def spilled_bytes(cubin: bytes, folder: Path) -> int:
     return int(re.findall(r"STACK:(\d+)", usage.stdout)[0])
 
 
+def may_spill(shape: tuple[int, int, int]) -> int:
+    """Nothing, but for four registers in the largest slabs of rows, and more where the compiler is Triton 3.6's."""
+    if TorchVersion(triton.__version__) < (3, 9):
+        return 72
+    return 16 if shape in ((2048, 512, 1), (1024, 512, 1)) else 0
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("optional", [True, False])
 def test_kernels_compile_and_keep_their_values_in_registers(shape, optional, launches, tmp_path, monkeypatch):
@@ -106,8 +114,7 @@ def test_kernels_compile_and_keep_their_values_in_registers(shape, optional, lau
     launch(shape, torch.float32, "relu", optional=optional)
     for kernel, values, named in launches:
         compiled = compile_kernel(kernel, values, named, 90)
-        spilled = 16 if shape in ((2048, 512, 1), (1024, 512, 1)) else 0  # four registers, in the largest slabs of rows
-        assert spilled_bytes(compiled.asm["cubin"], tmp_path) <= spilled, kernel.__name__
+        assert spilled_bytes(compiled.asm["cubin"], tmp_path) <= may_spill(shape), kernel.__name__
 
 
 @pytest.mark.parametrize("capability", [80, 90])

@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from settled_models import without_bias
 from torch import Tensor, nn
 from torch.testing._internal import common_quantization as fixtures
 
@@ -82,13 +83,15 @@ def test_a_square_transposed_convolution_is_seen_as_one():
     assert_folded(nn.Sequential(nn.ConvTranspose2d(4, 4, 3), nn.BatchNorm2d(4)), values(2, 4, 5, 5))
 
 
-@pytest.mark.parametrize("options", [{}, {"affine": False}, {"bias": False}], ids=["affine", "plain", "no bias"])
+@pytest.mark.parametrize("make", [
+    lambda kind: kind(5), lambda kind: kind(5, affine=False), lambda kind: without_bias(kind(5)),
+], ids=["affine", "plain", "no bias"])  # fmt: skip
 @pytest.mark.parametrize("layer", ["conv", "linear"])
-def test_every_set_of_parameters(layer, options):
+def test_every_set_of_parameters(layer, make):
     if layer == "linear":
-        assert_folded(nn.Sequential(nn.Linear(3, 5, bias=False), nn.BatchNorm1d(5, **options)), values(4, 3))
+        assert_folded(nn.Sequential(nn.Linear(3, 5, bias=False), make(nn.BatchNorm1d)), values(4, 3))
     else:
-        assert_folded(nn.Sequential(nn.Conv2d(3, 5, 1), nn.BatchNorm2d(5, **options)), values(2, 3, 4, 4))
+        assert_folded(nn.Sequential(nn.Conv2d(3, 5, 1), make(nn.BatchNorm2d)), values(2, 3, 4, 4))
 
 
 @pytest.mark.parametrize("mode", ["zeros", "circular", "reflect", "replicate"])
@@ -298,7 +301,7 @@ def test_padding_that_repeats_the_input_is_exact(mode):
 
 
 def test_zero_padding_is_exact_for_a_scale_without_shift():
-    model = nn.Sequential(nn.ReLU(), nn.BatchNorm2d(4, bias=False), nn.Conv2d(4, 3, 3, padding=1), nn.ReLU())
+    model = nn.Sequential(nn.ReLU(), without_bias(nn.BatchNorm2d(4)), nn.Conv2d(4, 3, 3, padding=1), nn.ReLU())
     model = randomized(model)
     model[1].running_mean.zero_()
     result = fold(model, x := values(2, 4, 5, 5))

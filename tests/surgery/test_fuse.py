@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import random
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
+from settled_models import without_bias
 from torch import Tensor, nn
 
 import bnkit
@@ -188,7 +190,7 @@ def test_a_rewritten_block_keeps_children_attributes_and_mode_and_exports():
 
 @pytest.mark.parametrize("make", [
     lambda: nn.BatchNorm2d(4, affine=False),
-    lambda: nn.BatchNorm2d(4, bias=False),
+    lambda: without_bias(nn.BatchNorm2d(4)),
     lambda: nn.BatchNorm2d(4, track_running_stats=False),
     lambda: nn.BatchNorm2d(4, eps=0.1, momentum=None),
     lambda: bnkit.nn.GhostBatchNorm(4, ghost_size=2),
@@ -328,7 +330,7 @@ WOULD_BE_LOST = {
     EnablingGradients: "enters a context",
     UnderNoGrad: "enters a context",
     OutsideAutocast: "enters a context",
-    Checkpointed: "enters a context",
+    Checkpointed: "enters a context|computes with tensors",  # either, as the version of PyTorch goes
     SometimesSkipped: "draws random numbers",
     SometimesSkippedByNumPy: "draws random numbers",
     SometimesSkippedByTorch: "computes with tensors",
@@ -347,7 +349,7 @@ def test_a_forward_that_a_graph_would_lose_something_of_stays_as_it_is(kind):
     model = nn.Sequential(model).train()
     state = torch.get_rng_state()
     result = fuse(model, x := values(4, 4, 5, 5))
-    assert f"relu stays: the forward around it {WOULD_BE_LOST[kind]}" in result.changed["0.bn1"]
+    assert re.search(rf"relu stays: the forward around it ({WOULD_BE_LOST[kind]})", result.changed["0.bn1"])
     for block in (model[0], result.model[0]):
         assert type(block) is kind
         assert not any(isinstance(value, torch.fx.Proxy) for value in vars(block).values())

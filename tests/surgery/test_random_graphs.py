@@ -8,6 +8,7 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
+from settled_models import without_bias
 from torch import Tensor, nn
 
 from bnkit.surgery import fold, fuse, insert
@@ -70,8 +71,9 @@ class Random(nn.Module):
 
     @staticmethod
     def _norm(kind: str) -> nn.Module:
-        options = {"plain": {"affine": False}, "no bias": {"bias": False}, "affine": {}}
-        return nn.BatchNorm2d(CHANNELS, **options.get(kind, {"track_running_stats": False}))
+        if kind == "no bias":
+            return without_bias(nn.BatchNorm2d(CHANNELS))
+        return nn.BatchNorm2d(CHANNELS, affine=kind != "plain", track_running_stats=kind != "untracked")
 
     def forward(self, x: Tensor) -> Tensor:
         values = [x]
