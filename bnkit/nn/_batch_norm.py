@@ -14,6 +14,7 @@ from .. import functional
 from .._checks import UserError, require, unknown
 from ..moments import statistics_dtype
 from ..ops import ACTIVATIONS
+from ..ops.dispatch import count_batch
 
 
 def is_recomputation() -> bool:
@@ -148,7 +149,7 @@ class BatchNorm(_BatchNorm):
             momentum = (count + 1).to(statistics_dtype(mean.dtype)).reciprocal()
         y = self._normalize(input, residual, mean, var, True, momentum)
         if count is not None:
-            count.add_(1)
+            count_batch(count)
         return y
 
     def _normalize(

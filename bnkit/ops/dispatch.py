@@ -10,12 +10,13 @@ mode, they see those of `operators`.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
-from torch._C import _len_torch_dispatch_stack
+from torch._C import _has_storage, _len_torch_dispatch_stack
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from ..moments import statistics_dtype
@@ -30,6 +31,7 @@ __all__ = [
     "Backend",
     "batch_norm",
     "by_reference",
+    "count_batch",
     "count_version",
     "first_to_support",
     "is_recorded",
@@ -41,6 +43,8 @@ BACKENDS: tuple[Backend, ...] = (cpu, cuda)
 
 PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None)})
 """Types of the arguments that a backend takes. A subclass stands for something else than its data."""
+
+_int64_at = ctypes.c_int64.from_address
 
 
 def batch_norm(
@@ -168,6 +172,25 @@ def count_version(training: bool, running_mean: Tensor | None, running_var: Tens
     """Tell autograd that the running statistics were written to: backends write through pointers."""
     if training and running_mean is not None and running_var is not None:
         torch._C._increment_version((running_mean, running_var))
+
+
+def count_batch(count: Tensor) -> None:
+    """`count.add_(1)`, which takes a twentieth of a small batch's time: a plain number is written to where it lies."""
+    if (
+        torch.compiler.is_compiling()
+        or is_recorded()
+        or transforms_active()
+        or _len_torch_dispatch_stack()
+        or type(count) is not Tensor
+        or not count.is_cpu
+        or count.dtype is not torch.int64
+        or count.dim() > 0
+        or not _has_storage(count)
+    ):
+        count.add_(1)
+        return
+    _int64_at(count.data_ptr()).value += 1
+    torch._C._increment_version((count,))
 
 
 def is_recorded() -> bool:
