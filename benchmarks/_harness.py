@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import random
 import statistics
 import subprocess
 import sys
@@ -23,12 +24,20 @@ RESULTS = Path(__file__).parent / "results"
 def take_turns(
     cases: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 2, *, repeats: int = 1, device: str = "cpu"
 ) -> dict[str, list[float]]:
-    """Seconds of each case in each round, of `repeats` calls on average; the order is reversed every other round."""
-    names = list(cases)
-    times: dict[str, list[float]] = {name: [] for name in names}
+    """Seconds of each case in each round, of `repeats` calls on average.
+
+    The order is drawn anew for two rounds, and reversed in the second: what a case finds in the caches is left there by
+    the one before it, which has to be each of them alike.
+    """
+    chance, order = random.Random(0), list(cases)
+    times: dict[str, list[float]] = {name: [] for name in order}
     clock = _cuda_seconds if device == "cuda" else _seconds
     for i in range(warm_up + rounds):
-        for name in names if i % 2 else reversed(names):
+        if i % 2:
+            order.reverse()
+        else:
+            chance.shuffle(order)
+        for name in order:
             seconds = clock(cases[name], repeats) / repeats
             if i >= warm_up:
                 times[name].append(seconds)

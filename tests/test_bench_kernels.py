@@ -126,6 +126,18 @@ def test_sides_compute_the_same(bench, monkeypatch, shape, residual):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def test_each_case_follows_all_others_and_itself(bench):
+    """Or one would find the caches as it left them, and another never."""
+    calls = []
+    cases = {name: lambda name=name: calls.append(name) for name in ("bnkit", "eager", "compile", "copy")}
+    times = bench.take_turns(cases, 60, warm_up=2)
+    assert all(len(seconds) == 60 for seconds in times.values())
+    rounds = [calls[i : i + 4] for i in range(0, len(calls), 4)]
+    assert all(set(order) == set(cases) for order in rounds)
+    assert all(second == first[::-1] for first, second in zip(rounds[::2], rounds[1::2], strict=True))
+    assert set(itertools.pairwise(calls)) == set(itertools.product(cases, repeat=2))
+
+
 def test_rows_become_a_line_with_the_losers(bench, monkeypatch):
     def fixed_times(steps, rounds, **_):
         seconds = {"bnkit": 2e-3, "eager": 1e-3, "timm": 8e-3, "copy": 1e-3}
