@@ -86,7 +86,7 @@ def _bars_on_cpus(problem: Problem, allocator: str) -> dict[str, float]:
     mib, is_float32 = problem.bytes / 2**20, problem.dtype is torch.float32
     if problem.shape == (60, 100):
         return {"eager": 1.1, "compile": 1.8} if is_float32 and allocator == "tuned" else {}
-    is_large, is_middle = problem.bytes > last_level_cache(), 2 <= mib <= 8
+    is_large, is_middle = _is_large(problem), 2 <= mib <= 8
     if allocator == "default":
         return {"eager": 4.0, "compile": 8.0} if is_large and is_float32 and not problem.channels_last else {}
     if not is_float32:
@@ -101,11 +101,16 @@ def _bars_on_cpus(problem: Problem, allocator: str) -> dict[str, float]:
     return {}
 
 
+def _is_large(problem: Problem) -> bool:
+    """Whether a tensor of it does not fit in the processor's caches."""
+    return problem.bytes > last_level_cache()
+
+
 def measure_problem(problem: Problem, allocator: str, rounds: int, device: str) -> list[Row]:
     """A row a side."""
     steps = _that_run(sides(problem, device))
     repeats = _repeats(steps["bnkit"], device)
-    if problem.bytes <= last_level_cache():
+    if not _is_large(problem):
         rounds *= MORE_ROUNDS
     times = take_turns(steps, rounds, device=device, repeats=repeats)
     copy, passes = quantiles(times["copy"])[1], problem.passes(device)

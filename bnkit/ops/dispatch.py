@@ -16,14 +16,14 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch._C import _has_storage, _len_torch_dispatch_stack
+from torch._C import _len_torch_dispatch_stack
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from ..moments import statistics_dtype
 from . import _inplace, cpu, cuda, reference
 from ._autograd import differentiable
 from ._backend import COMPOSED, Backend
-from ._transforms import are_transformed, check_vmap, transforms_active
+from ._transforms import are_transformed, check_vmap, is_stored, transforms_active
 
 __all__ = [
     "BACKENDS",
@@ -185,7 +185,7 @@ def count_batch(count: Tensor) -> None:
         or not count.is_cpu
         or count.dtype is not torch.int64
         or count.dim() > 0
-        or not _has_storage(count)
+        or not is_stored(count)
     ):
         count.add_(1)
         return

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torch_layers import without_bias
 
 import bnkit.nn
 from bnkit.functional import batch_norm
@@ -33,8 +34,8 @@ def pair(ours, theirs, **options):
     """One layer of each kind with the same random state."""
     has_bias = options.pop("bias", True)
     mine, other = ours(4, bias=has_bias, **options), theirs(4, **options)
-    if not has_bias:  # which is no option of theirs in PyTorch 2.11
-        other.register_parameter("bias", None)
+    if not has_bias:
+        without_bias(other)
     for tensor in (*other.parameters(), *other.buffers()):
         if tensor.is_floating_point():
             tensor.data.uniform_(0.5, 2.0)

@@ -1,4 +1,4 @@
-"""What the tests of the C kernels share: each instruction set on its own, results, and the judge."""
+"""What the tests of the C kernels and their operators share: each instruction set on its own, results, the judge."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import pytest
 import torch
 from oracle import Case
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnkit import functional
 from bnkit.ops import _cpu_library, cpu, dispatch, reference
@@ -80,6 +81,18 @@ def only_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(dispatch, "BACKENDS", (cpu,))
     monkeypatch.setattr(reference, "batch_norm", refuse)
+
+
+class Record(TorchDispatchMode):
+    """Notes the operators that it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 def in_fresh_process(script: str, **environment: str) -> list[str]:

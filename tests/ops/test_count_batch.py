@@ -4,26 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from _cases import Record
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnkit.ops.dispatch import count_batch
 
 
 class Tagged(torch.Tensor):
     """A subclass like any other."""
-
-
-class Seen(TorchDispatchMode):
-    """Notes the operators that are called."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func.name())
-        return func(*args, **(kwargs or {}))
 
 
 COUNTS = {
@@ -68,9 +56,9 @@ def test_a_plain_count_goes_past_the_operators(name, by_operator):
 
 def test_those_who_look_at_operators_see_it():
     count = torch.tensor(3)
-    with Seen() as seen:
+    with Record() as mode:
         count_batch(count)
-    assert seen.names == ["aten::add_.Tensor"]
+    assert mode.seen == ["aten.add_.Tensor"]
     assert count == 4
 
 

@@ -8,11 +8,11 @@ from typing import Any
 import oracle
 import pytest
 import torch
+from _cases import Record
 from oracle import make_case
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import bnkit.nn
@@ -163,16 +163,6 @@ def test_a_pass_refuses_what_no_backend_takes():
         FORWARD(*forward_arguments(make_case((4, 3), residual=True))[:-1], torch.randn(4, 3).half())
     with pytest.raises(NotImplementedError, match="no kernel of bnkit takes"):
         FORWARD(torch.zeros(0, 3), None, None, None, None, True, 0.1, 1e-5, None, None)
-
-
-class Record(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.seen.append(str(func))
-        return func(*args, **(kwargs or {}))
 
 
 def test_dispatch_modes_see_the_operators():

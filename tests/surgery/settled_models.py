@@ -18,9 +18,3 @@ def settled(model: nn.Module, seed: int) -> Any:
         for tensor in (norm.bias, norm.running_mean):
             tensor.data.normal_()
     return model.double().eval()
-
-
-def without_bias(norm: Any) -> Any:
-    """A norm of torch.nn as `bias=False` makes it, which is no option in PyTorch 2.11."""
-    norm.register_parameter("bias", None)
-    return norm

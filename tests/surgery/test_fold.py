@@ -8,9 +8,9 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from settled_models import without_bias
 from torch import Tensor, nn
 from torch.testing._internal import common_quantization as fixtures
+from torch_layers import without_bias
 
 import bnkit
 from bnkit import UserError

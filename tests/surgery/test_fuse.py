@@ -13,8 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
-from settled_models import without_bias
 from torch import Tensor, nn
+from torch_layers import without_bias
 
 import bnkit
 from bnkit import UserError

@@ -8,8 +8,8 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from settled_models import without_bias
 from torch import Tensor, nn
+from torch_layers import without_bias
 
 from bnkit.surgery import fold, fuse, insert
 
